@@ -1,0 +1,225 @@
+"""``UORACallback``: Lightning's hooks, each an ``if`` and a call into the floors below."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_uora.config import UORAConfig
+from lightning_uora.injection import attach_uora, is_adapted, named_adapters
+from lightning_uora.projection import Projections
+from lightning_uora.report import Summary, summarize
+
+__all__ = ["UORACallback"]
+
+
+class UORACallback(Callback):
+    """Fine-tunes any LightningModule with UORA adapters.
+
+    Promises: adapters are attached before optimizers are built and before a checkpoint is loaded, for models
+    made in ``__init__``, ``setup`` or ``configure_model``; a module that has adapters keeps them; vectors
+    that an optimizer built early does not know are added to it; nothing is trained without adapters.
+
+    Args:
+        rank: Directions r of the shared projections; each adapted layer trains r + (its output features)
+            numbers.
+        target_modules: ``"attention"``, ``"all-linear"``, ``"all"``, a pattern (full name, dotted suffix,
+            glob, ``"re:"`` and a regular expression), or a list of them.
+        exclude_modules: Patterns of modules that stay as they are; they win over targets.
+        trainable_modules: Modules trained as they are: ``"auto"`` (the head), patterns, or ``()``.
+        init: ``"orthogonal"`` or ``"kaiming_uniform"`` (VeRA's draw).
+        d_init: Start of every entry of d.
+        dropout: Probability on the adapter's input, Linear-like modules only.
+        bias: ``"none"``, ``"adapted"`` or ``"all"``: which biases train.
+        seed: Seeds A and B; the global random state is not touched.
+        compute: ``"auto"``, ``"merged"`` or ``"factored"``.
+
+    Attributes:
+        config: The :class:`UORAConfig` made from the arguments.
+        summary: Parameter counts of the module adapted last; None before ``setup``.
+
+    Raises:
+        ValueError: A wrong argument, when the callback is made; targets that match nothing, at ``setup``.
+        MisconfigurationException: Lightning is set up in a way that would lose the adapters.
+
+    Example::
+
+        trainer = Trainer(callbacks=[UORACallback(rank=1024)])
+    """
+
+    def __init__(
+        self,
+        rank: int = 256,
+        target_modules: str | Sequence[str] = "attention",
+        exclude_modules: Sequence[str] = (),
+        trainable_modules: str | Sequence[str] = "auto",
+        init: Literal["orthogonal", "kaiming_uniform"] = "orthogonal",
+        d_init: float = 0.1,
+        dropout: float = 0.0,
+        bias: Literal["none", "adapted", "all"] = "none",
+        seed: int = 0,
+        compute: Literal["auto", "merged", "factored"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.config = UORAConfig(
+            rank=rank,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            trainable_modules=trainable_modules,
+            init=init,
+            d_init=d_init,
+            dropout=dropout,
+            bias=bias,
+            seed=seed,
+            compute=compute,
+        )
+        self.summary: Summary | None = None
+        self._gradients_seen = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _refuse_replacing_precision(trainer)
+        built_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
+        if built_later and not is_adapted(pl_module):
+            _run_after_configure_model(pl_module, self._attach)
+        else:
+            self._attach(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not is_adapted(pl_module):
+            raise MisconfigurationException(
+                "UORACallback attached no adapter: configure_model was replaced or never ran."
+            )
+        self._gradients_seen = False
+        self.summary = summarize(pl_module)
+        if trainer.loggers:
+            self._log_hyperparameters(trainer)
+        _add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks):
+            Console().print(self.summary.table())
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._gradients_seen:
+            self._gradients_seen = True
+            _report_without_gradient(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("configure_model", None)
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        if is_adapted(pl_module):
+            _check_same_config(pl_module, self.config)
+        else:
+            attach_uora(pl_module, self.config)
+        _keep_from_travelling(pl_module)
+        self.summary = summarize(pl_module)
+
+    def _log_hyperparameters(self, trainer: Trainer) -> None:
+        assert self.summary is not None
+        counts = {
+            f"uora/{name}": getattr(self.summary, name)
+            for name in ("adapter_params", "trainable_params", "total_params", "trainable_fraction")
+        }
+        for logger in trainer.loggers:
+            logger.log_hyperparams(counts)
+
+
+def _refuse_replacing_precision(trainer: Trainer) -> None:
+    """Precision plugins that replace Linear layers after ``setup`` would drop the adapters without a word."""
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        raise MisconfigurationException(
+            f"{type(plugin).__name__} replaces every Linear layer after the adapters are attached and would "
+            "lose them; use precision='bf16-true' or 'bf16-mixed' with UORACallback."
+        )
+
+
+# Note [Models built late]
+# Lightning calls Callback.setup, then the module's setup, then configure_model, then loads the checkpoint.
+# Where a module overrides setup or configure_model it may still be empty, or half built, in Callback.setup.
+# So configure_model is shadowed on the instance by a function that removes itself, calls the original, and
+# attaches: after everything is built, before weights and optimizers.
+
+
+def _run_after_configure_model(pl_module: LightningModule, attach: object) -> None:
+    """See Note [Models built late]."""
+    original = pl_module.configure_model
+
+    def configure_model() -> None:
+        pl_module.__dict__.pop("configure_model", None)
+        original()
+        assert callable(attach)
+        attach(pl_module)
+
+    pl_module.__dict__["configure_model"] = configure_model
+
+
+def _check_same_config(pl_module: LightningModule, config: UORAConfig) -> None:
+    found = next(module.config for module in pl_module.modules() if isinstance(module, Projections))
+    names = [field.name for field in dataclasses.fields(config)]
+    different = [
+        f"{name} ({getattr(found, name)!r} in the module, {getattr(config, name)!r} in the callback)"
+        for name in names
+        if getattr(found, name) != getattr(config, name)
+    ]
+    if different:
+        raise ValueError("the module has adapters of another configuration: " + "; ".join(different) + ".")
+
+
+def _keep_from_travelling(pl_module: LightningModule) -> None:
+    """DistributedDataParallel sends every buffer at each forward; every rank drew A and B by itself."""
+    ignored = set(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, module in pl_module.named_modules():
+        if isinstance(module, Projections):
+            ignored.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers())
+    pl_module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def _add_missing_to_optimizer(optimizers: Sequence[Optimizer], pl_module: LightningModule) -> None:
+    """Put vectors that no optimizer holds into the first group: it was built before the adapters.
+
+    Into the group's list, because ``add_param_group`` breaks LambdaLR and OneCycleLR.
+    """
+    real = [optimizer for optimizer in optimizers if type(optimizer).__name__ != "_MockOptimizer"]
+    if not real:
+        return
+    held = {id(p) for optimizer in real for group in optimizer.param_groups for p in group["params"]}
+    wanted = [f"{name}.{leaf}" for name, _ in named_adapters(pl_module) for leaf in ("uora_d", "uora_b")]
+    missing = {
+        name: p
+        for name, p in pl_module.named_parameters()
+        if name in wanted and p.requires_grad and id(p) not in held
+    }
+    if missing:
+        first = real[0].param_groups[0]
+        first["params"].extend(missing.values())
+        rank_zero_warn(
+            f"The optimizer was built without {len(missing)} adapter vectors ({next(iter(missing))}, ...); "
+            "they "
+            f"are now in its first group, at lr={float(first['lr']):g}. Build it in configure_optimizers to "
+            "choose "
+            "their learning rate."
+        )
+
+
+def _report_without_gradient(module: nn.Module) -> None:
+    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if names:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        rank_zero_warn(f"No gradient in the first backward for {shown}: these parameters do not train.")

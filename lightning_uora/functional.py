@@ -1,0 +1,251 @@
+"""Pure tensor mathematics of UORA: the two ways to apply an adapter, what each costs, and the random draws.
+
+Shape letters, used everywhere in this package:
+
+====== ========== ==========================================================================
+symbol shape      what
+====== ========== ==========================================================================
+``W``  (m, n)     frozen weight, m = out features, n = in features (of a convolution: in/groups x kernel)
+``A``  (r, n)     frozen random projection down
+``B``  (m, r)     frozen random projection up
+``d``  (r,)       trainable vector between the projections
+``b``  (m,)       trainable vector on the output
+``x``  (..., n)   input of a Linear-like layer; T is the number of its rows ("tokens")
+====== ========== ==========================================================================
+
+The adapted weight is ``W + diag(b) B diag(d) A`` (VeRA, arXiv:2310.11454, eq. 2; UORA, arXiv:2505.20154).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Init",
+    "add_delta",
+    "add_factored_delta",
+    "compute_dtype",
+    "draw_down",
+    "draw_up",
+    "factored_flops",
+    "merged_flops",
+]
+
+Init = Literal["orthogonal", "kaiming_uniform"]
+
+
+# Note [Gradient without activations]
+# With G = dL/dW_eff, the derivative of diag(b) B diag(d) A needs one matrix only, H = (G A^T) * B of shape
+# (m, r): dL/db = H d and dL/dd = b^T H. For the factored form G = g^T x, hence G A^T = g^T (A x): the same
+# two lines with the (T, r) product A x in place of A. Neither form keeps an (m, n) or a (T, m) intermediate
+# for backward.
+
+
+def _vector_gradients(Kt: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of d and b from ``K^T = A (dL/dW_eff)^T``, see Note [Gradient without activations]."""
+    Ht = Kt.to(d.dtype).mul_(B.t())
+    return Ht @ b, d @ Ht
+
+
+def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, else ``default``."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return default
+
+
+class _AddDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(W.device.type, enabled=False):
+            P = B.to(dtype) @ (d[:, None] * A).to(dtype)
+            wide = torch.promote_types(W.dtype, b.dtype)
+            W2 = W.reshape(b.numel(), -1).to(wide)
+            return torch.addcmul(W2, b[:, None].to(wide), P.to(wide)).to(W.dtype).reshape(W.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, A, B, d, b, ctx.dtype = inputs
+        ctx.save_for_backward(A, B, d, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (G,) = grad_outputs
+        A, B, d, b = ctx.saved_tensors
+        grad_d = grad_b = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            Kt = A.to(ctx.dtype) @ G.reshape(b.numel(), -1).to(ctx.dtype).t()
+            grad_d, grad_b = _vector_gradients(Kt, B, d, b)
+        return (G if ctx.needs_input_grad[0] else None), None, None, grad_d, grad_b, None
+
+
+def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """Effective weight ``W + diag(b) B diag(d) A``, differentiable in d and b (and in W where it trains).
+
+    Saves only A, B, d and b for backward, never an (m, n) intermediate. With ``b = 0`` the result equals W
+    exactly. The sum is formed in the wider of the dtypes of W and b, then rounded to W's. Inside autocast the
+    matrix products run in autocast's dtype, forward and backward.
+
+    Shape:
+        - ``W``: (m, n), or (m, ...) with the trailing axes multiplying to n; ``A``: (r, n); ``B``: (m, r);
+          ``d``: (r,); ``b``: (m,).
+        - Returns the shape and dtype of ``W``.
+
+    Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
+    """
+    result: Tensor = _AddDelta.apply(W, A, B, d, b, compute_dtype(W.device, W.dtype))
+    return result
+
+
+class _AddFactoredDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        h: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(h.device.type, enabled=False):
+            z = x.to(dtype) @ A.to(dtype).t()
+            up = (b[:, None] * B).to(dtype).t()
+            scaled = (z * d).to(dtype)
+            if h.dtype == dtype:
+                return torch.addmm(h, scaled, up), z
+            return h + (scaled @ up).to(h.dtype), z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, x, A, B, d, b, ctx.dtype = inputs
+        ctx.x_dtype = x.dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(A, B, d, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        g = grad_outputs[0]
+        A, B, d, b, z = ctx.saved_tensors
+        low = g.to(ctx.dtype)
+        grad_x = grad_d = grad_b = None
+        if ctx.needs_input_grad[1]:
+            u = low @ (b[:, None] * B).to(ctx.dtype)
+            grad_x = ((u * d).to(ctx.dtype) @ A.to(ctx.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            grad_d, grad_b = _vector_gradients(z.t() @ low, B, d, b)
+        return (g if ctx.needs_input_grad[0] else None), grad_x, None, None, grad_d, grad_b, None
+
+
+def add_factored_delta(h: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """Output of the base plus the adapter's: ``h + b * (B (d * (A x)))``, differentiable in h, x, d and b.
+
+    Saves ``A x`` for backward and neither x nor the (T, m) product. With ``b = 0`` the result equals h
+    exactly.
+
+    Shape:
+        - ``h``: (..., m); ``x``: (..., n), the same leading axes; ``A``: (r, n); ``B``: (m, r); ``d``: (r,);
+          ``b``: (m,).
+        - Returns the shape and dtype of ``h``.
+
+    Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
+    """
+    dtype = compute_dtype(x.device, x.dtype)
+    flat_h, flat_x = h.reshape(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
+    out, _ = _AddFactoredDelta.apply(flat_h, flat_x, A, B, d, b, dtype)
+    result: Tensor = out.reshape(h.shape)
+    return result
+
+
+def merged_flops(tokens: int, m: int, n: int, r: int) -> int:
+    """Extra floating-point operations of a training step through :func:`add_delta` and the layer's forward.
+
+    ``dL/dW_eff`` (2 T m n), the product B A forward (2 m n r) and G A^T backward (2 m n r).
+    """
+    return 2 * tokens * m * n + 4 * m * n * r
+
+
+def factored_flops(tokens: int, m: int, n: int, r: int) -> int:
+    """Extra floating-point operations of one training step through :func:`add_factored_delta`.
+
+    Forward 2 T r (m + n); backward the same towards x, and 2 T m r for the vectors.
+    """
+    return 4 * tokens * r * (m + n) + 2 * tokens * m * r
+
+
+def draw_down(
+    r: int, n: int, init: Init, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draw A: entries of variance ``2 / n``; with ``"orthogonal"``, orthogonal rows of norm ``sqrt(2)``.
+
+    ``"orthogonal"`` is uniform over the Stiefel manifold (Haar). Where r exceeds n, independent blocks of n
+    rows are stacked. Drawn on the CPU from ``generator`` alone; the global random state is not touched.
+
+    Shape:
+        - Returns (r, n), contiguous.
+
+    Source: *ours* (METHOD decision 1): QR of a Gaussian with the signs of R's diagonal fixed (Mezzadri,
+    arXiv:math-ph/0609050), scaled to the variance of VeRA's Kaiming-uniform draw.
+    """
+    return _draw(r, n, 2.0 / n, init, generator, dtype)
+
+
+def draw_up(
+    m: int, r: int, init: Init, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draw B: entries of variance ``2 / r``; under ``"orthogonal"`` its columns are orthogonal, at one norm.
+
+    As :func:`draw_down`, of the transposed shape: where r exceeds m, independent blocks of m columns are
+    stacked. Column i of B belongs to row i of A, so B is laid out with its columns contiguous: both halves of
+    a direction are.
+
+    Shape:
+        - Returns (m, r), column-major.
+    """
+    return _draw(r, m, 2.0 / r, init, generator, dtype).t()
+
+
+def _draw(
+    rows: int, length: int, variance: float, init: Init, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """``rows`` random rows of ``length`` entries with the given variance."""
+    out = torch.empty(rows, length, dtype=dtype, device="cpu")
+    if init == "kaiming_uniform":
+        bound = math.sqrt(3.0 * variance)
+        return out.uniform_(-bound, bound, generator=generator)
+    with _one_thread():
+        for block in torch.split(out, length):
+            haar_rows_(block, generator)
+    return out.mul_(math.sqrt(length * variance))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's last bits depend on the number of threads; one makes a draw repeatable."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def haar_rows_(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill ``out`` with orthonormal rows, uniform over the Stiefel manifold, in its own memory.
+
+    Works on the transpose, which LAPACK reads as column-major, so that nothing of the size of ``out`` is
+    allocated.
+
+    Shape:
+        - ``out``: (k, n), k <= n, contiguous, on the CPU. Returned.
+
+    Source: Mezzadri, "How to generate random matrices from the classical compact groups",
+    arXiv:math-ph/0609050.
+    """
+    columns = out.normal_(generator=generator).t()
+    tau = out.new_empty(out.shape[0])
+    torch.geqrf(columns, out=(columns, tau))
+    signs = columns.diagonal().sign()
+    torch.linalg.householder_product(columns, tau, out=columns)
+    columns.mul_(signs)
+    return out

@@ -1,0 +1,195 @@
+"""Adapting a model in place and undoing it exactly: attach, detach, list, switch off; freezing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_uora.config import UORAConfig
+from lightning_uora.layers import AdaptedModule, adapted_modules, named_parts, specialise, unspecialise
+from lightning_uora.projection import OWNER, Projections
+from lightning_uora.targets import Selection, select
+
+__all__ = [
+    "adapters_disabled",
+    "attach_uora",
+    "detach_uora",
+    "is_adapted",
+    "named_adapters",
+    "projections_of",
+]
+
+
+def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
+    """Adapt ``model`` in place and freeze the rest.
+
+    Promises: a fresh adapter leaves every output bit-equal; module objects, parameters, their names and hooks
+    stay; nothing of the base is copied; the global random state is not touched; after an error the model is
+    as it was.
+
+    Args:
+        model: Any module, not adapted yet. May be on ``meta``: A and B are then drawn when it gets storage.
+        config: What to adapt and how.
+
+    Returns:
+        Names of the adapted modules, in model order.
+
+    Raises:
+        ValueError: The model is adapted already; targets match nothing (near misses are named), cannot be
+            adapted, or hold non-finite weights; the adapted weights are on more than one device.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+        >>> attach_uora(model, UORAConfig(rank=4, target_modules=["0"]))
+        ['0']
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.uora_d', '0.uora_b']
+
+    Source: VeRA (arXiv:2310.11454) and UORA (arXiv:2505.20154); adapting the effective weight in place is
+    *ours*.
+    """
+    if is_adapted(model):
+        raise ValueError(
+            "model is adapted already; call detach_uora(model) first, or keep the adapters it has."
+        )
+    selection = select(model, config)
+    modules = {name: model.get_submodule(name) for name in selection.adapted}
+    parts = {name: named_parts(module) for name, module in modules.items()}
+    weights = {(name, part): modules[name]._parameters[part] for name in modules for part in parts[name]}
+    device, dtype = _one_device_and_widest_dtype(cast("dict[tuple[str, str], Tensor]", weights))
+    widths = {part.n for found in parts.values() for part in found.values()}
+    heights = {sum(part.m for part in found.values()) for found in parts.values()}
+    owner = Projections(config, widths, heights, device, dtype)
+    owner.requires_grad_before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.register_module(OWNER, owner)
+    try:
+        for module in modules.values():
+            specialise(module, owner)
+        _freeze(model, selection, config)
+    except BaseException:
+        detach_uora(model)
+        raise
+    return list(selection.adapted)
+
+
+def detach_uora(model: nn.Module, merge: bool = False) -> None:
+    """Undo :func:`attach_uora`: classes, state-dict keys and ``requires_grad`` are exactly as before.
+
+    Args:
+        model: The adapted model, the same root as was given to :func:`attach_uora`.
+        merge: Leave the effective weight in each adapted parameter. It is computed in float32 at least, and
+            every one is checked to be finite before any parameter changes.
+
+    Raises:
+        ValueError: The model is not adapted, or a merged weight is not finite (it names the module).
+    """
+    owner = projections_of(model)
+    adapters = dict(adapted_modules(model))
+    if merge:
+        _merge(adapters)
+    for module in adapters.values():
+        unspecialise(module)
+    del model._modules[OWNER]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(owner.requires_grad_before.get(name, parameter.requires_grad))
+
+
+def _merge(adapters: dict[str, AdaptedModule]) -> None:
+    merged: list[tuple[nn.Parameter, Tensor]] = []
+    with torch.no_grad():
+        for name, module in adapters.items():
+            for parameter, weight in module.merged_weights():
+                if not weight.isfinite().all():
+                    raise ValueError(
+                        f"merging would put non-finite values into the weight of module {name!r}; nothing "
+                        "was merged."
+                    )
+                merged.append((parameter, weight))
+        for parameter, weight in merged:
+            parameter.copy_(weight)
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """(module name, adapted module) in model order.
+
+    Each module has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
+    """
+    yield from adapted_modules(model)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The frozen base's weights inside the ``with``: adapted modules compute as if they had no adapter.
+
+    Re-entrant; restored after exceptions. Heads and biases that were trained stay trained.
+
+    Raises:
+        ValueError: The model is not adapted.
+    """
+    owner = projections_of(model)
+    owner.disabled += 1
+    try:
+        yield
+    finally:
+        owner.disabled -= 1
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether ``model`` or anything in it has adapters."""
+    return any(True for _ in adapted_modules(model))
+
+
+def projections_of(model: nn.Module) -> Projections:
+    """The owner of A and B at the root of an adapted model.
+
+    Raises:
+        ValueError: The model is not adapted, or is a part of an adapted one.
+    """
+    owner = model._modules.get(OWNER)
+    if not isinstance(owner, Projections):
+        inner = [name for name, module in model.named_modules() if isinstance(module, Projections)]
+        where = f"; its submodule {inner[0].rpartition('.')[0]!r} is" if inner else "; call attach_uora first"
+        raise ValueError(f"model ({type(model).__name__}) is not the root of an adapted model{where}.")
+    return owner
+
+
+def _one_device_and_widest_dtype(weights: dict[tuple[str, str], Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where A and B go. Raises for weights on several devices and for non-finite ones."""
+    devices = {W.device for W in weights.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"adapted weights are on several devices ({', '.join(sorted(map(str, devices)))}); attach "
+            "before moving."
+        )
+    (device,) = devices
+    dtype = functools.reduce(torch.promote_types, (W.dtype for W in weights.values()))
+    if device.type != "meta":
+        finite = torch.stack([torch.stack(W.detach().aminmax()).isfinite().all() for W in weights.values()])
+        if not finite.all():
+            bad = list(weights)[int(finite.logical_not().nonzero()[0])]
+            raise ValueError(
+                f"{bad[1]} of module {bad[0]!r} has non-finite values; UORA needs a finite base weight."
+            )
+    return device, dtype
+
+
+def _freeze(model: nn.Module, selection: Selection, config: UORAConfig) -> None:
+    """Only the vectors, the modules trained as they are and the biases of ``config.bias`` train."""
+    adapted = {
+        f"{name}.{parameter}" if name else parameter
+        for name in selection.adapted
+        for parameter in ("uora_d", "uora_b")
+    }
+    biased = {name for name, _ in adapted_modules(model)}
+    heads = tuple(f"{name}." for name in selection.trained)
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        bias = leaf in ("bias", "in_proj_bias") and (
+            config.bias == "all" or (config.bias == "adapted" and owner in biased)
+        )
+        parameter.requires_grad_(name in adapted or name.startswith(heads) or bias)

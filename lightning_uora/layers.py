@@ -1,0 +1,401 @@
+"""Adapted modules: a module keeps its object, parameters, names and hooks; its class is specialised in place.
+
+The generated subclass turns the adapted parameter (``weight``, or ``in_proj_weight`` of
+``nn.MultiheadAttention``) into a property that returns the effective weight. Whoever reads it sees the
+adapter: the module's own forward, fused evaluation paths, blocks that call ``F.linear(x, self.qkv.weight)``,
+user code. The parameter itself stays in ``_parameters`` under its name, so state dicts, optimizers and
+``named_parameters`` see the frozen base.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
+from typing_extensions import override
+
+from lightning_uora.functional import (
+    add_delta,
+    add_factored_delta,
+    compute_dtype,
+    factored_flops,
+    merged_flops,
+)
+from lightning_uora.projection import Projections
+
+__all__ = ["AdaptedModule", "Part", "named_parts", "specialise", "unspecialise", "unsupported"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SUPPORTED = "nn.Linear, nn.Conv1d/2d/3d, transformers' Conv1D and nn.MultiheadAttention"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapted parameter of a module: its name, its rows among the module's m, its size read as (m, n)."""
+
+    name: str
+    row: int
+    m: int
+    n: int
+    transposed: bool = False
+
+    def delta(self, W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        """``W`` plus this part's share of the update, in the layout of ``W``."""
+        rows = slice(self.row, self.row + self.m)
+        if self.transposed:
+            return add_delta(W.t(), A, B[rows], d, b[rows]).t()
+        return add_delta(W, A, B[rows], d, b[rows])
+
+
+@dataclass
+class Adapter:
+    """What a specialised module knows besides its parameters. Refers to the owner without registering it."""
+
+    owner: Projections
+    parts: dict[str, Part]
+    cache: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    held: dict[str, Tensor] | None = None
+
+    @property
+    def m(self) -> int:
+        return sum(part.m for part in self.parts.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}, "held": None}
+
+
+# Note [When the effective weight is kept]
+# With gradients it is built for each read: its graph belongs to one backward. Without gradients and outside
+# of training it is built once and kept until a source changes, which identity, data pointer and version
+# counter tell; `.data` writes move none of them, so train(), eval() and casts drop what was kept as well. It
+# is built outside inference mode: a tensor made inside could not be used by autograd later. In training
+# without gradients (reentrant checkpointing) nothing is kept, because it would hold a second copy of every
+# adapted weight.
+
+
+class AdaptedModule(nn.Module):
+    """Mixed in front of a module's own class by :func:`specialise`.
+
+    Attributes:
+        uora_d: (r,) float32, trainable.
+        uora_b: (m,) float32, trainable.
+    """
+
+    uora_d: nn.Parameter
+    uora_b: nn.Parameter
+    _uora: Adapter
+
+    @property
+    def adapted_parts(self) -> tuple[Part, ...]:
+        """The adapted parameters of this module, in the order of their rows in b."""
+        return tuple(self._uora.parts.values())
+
+    @property
+    def original_class(self) -> type[nn.Module]:
+        """The module's class before it was adapted."""
+        return cast("type[nn.Module]", type(self).uora_original)  # type: ignore[attr-defined]
+
+    def delta_weight(self) -> Tensor:
+        """The update ``diag(b) B diag(d) A``, shaped like the adapted weight, differentiable in d and b.
+
+        For ``nn.MultiheadAttention`` with separate projection weights, the updates of q, k and v beside each
+        other: (embed_dim, embed_dim + kdim + vdim).
+        """
+        deltas = []
+        for name, part in self._uora.parts.items():
+            W = cast(Tensor, self._parameters[name])
+            deltas.append(part.delta(torch.zeros_like(W), *self._uora_tensors(part.n)))
+        return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
+
+    def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each adapted parameter with its effective weight, computed in float32 at least."""
+        for name, part in self._uora.parts.items():
+            W = cast(nn.Parameter, self._parameters[name])
+            wide = torch.promote_types(W.dtype, torch.float32)
+            tensors = (t.to(wide) for t in (W, *self._uora_tensors(part.n)))
+            yield W, part.delta(*tensors).to(W.dtype)
+
+    def _uora_tensors(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A (of width n), B, d, b of this module."""
+        adapter = self._uora
+        return adapter.owner.down(n), adapter.owner.up(adapter.m), self.uora_d, self.uora_b
+
+    def _uora_weight(self, name: str) -> Tensor | None:
+        """What reading the adapted parameter returns, see Note [When the effective weight is kept]."""
+        W, adapter = self._parameters[name], self._uora
+        if W is None or adapter.owner.disabled or isinstance(W, DTensor):
+            return W
+        if adapter.held is not None and name in adapter.held:
+            return adapter.held[name]
+        part = adapter.parts[name]
+        if self.training and adapter.owner.config.dropout > 0.0:
+            warnings.warn(
+                f"{name} of a {type(self).__name__} is read directly: dropout is not applied there.",
+                stacklevel=3,
+            )
+        sources = (W, *self._uora_tensors(part.n))
+        if self._uora_keeps():
+            return self._uora_kept(part, sources)
+        weight = part.delta(*sources)
+        if adapter.held is not None:
+            adapter.held[name] = weight
+        return weight
+
+    def _uora_keeps(self) -> bool:
+        """Whether an effective weight made now may be kept for later reads."""
+        return not (self.training or torch.compiler.is_compiling() or self._uora_needs_grad())
+
+    def _uora_needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            p is not None and p.requires_grad
+            for p in map(self._parameters.get, (*self._uora.parts, "uora_d", "uora_b"))
+        )
+
+    def _uora_kept(self, part: Part, sources: tuple[Tensor, ...]) -> Tensor:
+        try:
+            dtype = compute_dtype(sources[0].device, sources[0].dtype)
+            key = (dtype, *((t.data_ptr(), t._version) for t in sources))
+        except RuntimeError:  # inference tensors have no version, functorch's and fake ones no pointer
+            return part.delta(*sources)
+        kept = self._uora.cache.get(part.name)
+        if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], sources, strict=True)):
+            weight, version = cast("tuple[Tensor, int]", kept[2:])
+            if weight._version == version:
+                return weight
+        with torch.inference_mode(False), torch.no_grad():
+            weight = part.delta(*sources)
+        self._uora.cache[part.name] = (key, sources, weight, weight._version)
+        return weight
+
+    @override
+    def train(self, mode: bool = True) -> AdaptedModule:
+        self._uora.cache.clear()
+        super().train(mode)
+        return self
+
+    @override
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedModule:
+        """As in torch, but d and b move without being cast; coming from ``meta`` they are set afresh."""
+        holder = nn.Module()
+        holder._parameters = {name: self._parameters.pop(name) for name in ("uora_d", "uora_b")}
+        was_meta = any(p is not None and p.is_meta for p in holder._parameters.values())
+        self._uora.cache.clear()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+            def keep_dtype(t: Tensor) -> Tensor:
+                moved: Tensor = fn(t)
+                return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+            holder._apply(keep_dtype)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters.update(holder._parameters)
+        if was_meta and not self.uora_d.is_meta:
+            self._uora_reset()
+        return self
+
+    def _uora_reset(self) -> None:
+        with torch.no_grad():
+            self.uora_d.fill_(self._uora.owner.config.d_init)
+            self.uora_b.zero_()
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (_, *args), *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
+        return _new, (self.original_class, tuple(self._uora.parts), *args), *rest
+
+    @override
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}uora_rank={self._uora.owner.config.rank}"
+
+
+class AdaptedLinear(AdaptedModule):
+    """A Linear-like module: factored where that costs less, else its own forward on W_eff."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        config = self._uora.owner.config
+        drops = config.dropout > 0.0 and self.training
+        if self._uora.owner.disabled or not (drops or self._uora_prefers_factored(x)):
+            return cast(Tensor, super().forward(x))
+        (part,) = self._uora.parts.values()
+        h = _plain_linear(x, self._parameters[part.name], self._parameters["bias"], part.transposed)
+        return add_factored_delta(
+            h, nn.functional.dropout(x, config.dropout, self.training), *self._uora_tensors(part.n)
+        )
+
+    def _uora_prefers_factored(self, x: Tensor) -> bool:
+        adapter, config = self._uora, self._uora.owner.config
+        (part,) = adapter.parts.values()
+        if config.compute == "merged" or x.is_nested:
+            return False
+        if config.compute == "factored" or self._uora_keeps():
+            return config.compute == "factored"
+        sizes = (x.numel() // part.n, part.m, part.n, config.rank)
+        return factored_flops(*sizes) < merged_flops(*sizes)
+
+
+class AdaptedAttention(AdaptedModule):
+    """``nn.MultiheadAttention`` reads its weight several times a forward: it is built once."""
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._uora.held = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._uora.held = None
+
+
+def _plain_linear(x: Tensor, W: Tensor | None, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The module's own product with its frozen weight, by the same kernel as without an adapter."""
+    weight = cast(Tensor, W)
+    if not transposed:
+        return nn.functional.linear(x, weight, bias)
+    flat = torch.addmm(cast(Tensor, bias), x.reshape(-1, weight.shape[0]), weight)
+    return flat.reshape(*x.shape[:-1], weight.shape[1])
+
+
+def _conv1d_class() -> type[nn.Module] | None:
+    """Transformers' ``Conv1D`` if that module is loaded; if not, no model can hold one."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """``nn.Linear`` and its subclasses, and transformers' ``Conv1D``."""
+    conv1d = _conv1d_class()
+    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether the kind of module can be adapted (its weight may still be of an unsupported sort)."""
+    return is_linear_like(module) or isinstance(module, (*CONVOLUTIONS, nn.MultiheadAttention))
+
+
+def _part_names(module: nn.Module) -> tuple[str, ...]:
+    if not isinstance(module, nn.MultiheadAttention):
+        return ("weight",)
+    return (
+        ("in_proj_weight",)
+        if module._qkv_same_embed_dim
+        else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    )
+
+
+def named_parts(module: nn.Module) -> dict[str, Part]:
+    """The parameters of ``module`` that an adapter changes, with their place in b."""
+    parts, row = {}, 0
+    for name in _part_names(module):
+        shape = cast(Tensor, module._parameters[name]).shape
+        transposed = is_linear_like(module) and not isinstance(module, nn.Linear)
+        m, n = (shape[1], shape[0]) if transposed else (shape[0], shape[1:].numel())
+        parts[name] = Part(name, row, m, n, transposed)
+        row += m
+    return parts
+
+
+def unsupported(name: str, module: nn.Module) -> str | None:
+    """Why ``module`` cannot be adapted, as a sentence that names it; None when it can."""
+    kind = type(module).__name__
+    if isinstance(module, AdaptedModule):
+        return f"module {name!r} is adapted already; call detach_uora first."
+    if not is_supported(module):
+        return f"module {name!r} is a {kind}; UORA adapts {SUPPORTED}. Choose other target_modules."
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return f"module {name!r} ({kind}) is parametrised; remove its parametrisations first or exclude it."
+    for expected in _part_names(module):
+        W = module._parameters.get(expected)
+        what = f"{expected} of module {name!r} ({kind})"
+        if W is None:
+            return f"{what} is not a plain parameter (weight-normed or quantised?); exclude the module."
+        reason = _unsupported_weight(what, W)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _unsupported_weight(what: str, W: Tensor) -> str | None:
+    if isinstance(W, UninitializedParameter):
+        return f"{what} has no shape yet; run one batch through the lazy module first."
+    if isinstance(W, DTensor) or hasattr(W, "ds_id"):
+        return f"{what} is sharded; call attach_uora before the model is sharded."
+    if not W.is_floating_point() or W.element_size() < 2:
+        return f"{what} has dtype {W.dtype} (quantised?); UORA needs a float of 16 bits or more. Exclude it."
+    if W.numel() == 0:
+        return f"{what} is empty, shape {tuple(W.shape)}; exclude it."
+    return None
+
+
+def has_plain_forward(cls: type[nn.Module]) -> bool:
+    """Whether the class computes the plain product, which the factored form may stand in for."""
+    conv1d = _conv1d_class()
+    return cls.forward is nn.Linear.forward or (conv1d is not None and cls.forward is conv1d.forward)
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedModule]] = {}
+
+
+def _adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[AdaptedModule]:
+    """The specialised subclass of ``cls``, one for each class and set of adapted parameters."""
+    if (cls, names) not in _CLASSES:
+        if issubclass(cls, nn.MultiheadAttention):
+            mixin: type[AdaptedModule] = AdaptedAttention
+        else:
+            mixin = AdaptedLinear if has_plain_forward(cls) else AdaptedModule
+        body: dict[str, Any] = {name: _weight_property(name) for name in names}
+        body.update(__module__=cls.__module__, __doc__=cls.__doc__, uora_original=cls)
+        _CLASSES[cls, names] = cast("type[AdaptedModule]", type(f"UORA{cls.__name__}", (mixin, cls), body))
+    return _CLASSES[cls, names]
+
+
+def _weight_property(name: str) -> property:
+    def read(self: AdaptedModule) -> Tensor | None:
+        return self._uora_weight(name)
+
+    return property(read, doc=f"Effective {name}: the frozen parameter plus the adapter's update.")
+
+
+def _new(cls: type[nn.Module], names: tuple[str, ...], *args: Any) -> AdaptedModule:
+    """Unpickle: an empty instance of the specialised class, whose state follows."""
+    adapted = _adapted_class(cls, names)
+    return adapted.__new__(adapted, *args)
+
+
+def specialise(module: nn.Module, owner: Projections) -> AdaptedModule:
+    """Adapt ``module`` in place: two new parameters, and the class that reads through them.
+
+    A fresh adapter has b = 0, so the module computes exactly what it did.
+    """
+    parts = named_parts(module)
+    adapter = Adapter(owner, parts)
+    device = cast(Tensor, module._parameters[next(iter(parts))]).device
+    d = torch.full((owner.config.rank,), owner.config.d_init, dtype=torch.float32, device=device)
+    b = torch.zeros(adapter.m, dtype=torch.float32, device=device)
+    module.__dict__["_uora"] = adapter
+    module.register_parameter("uora_d", nn.Parameter(d))
+    module.register_parameter("uora_b", nn.Parameter(b))
+    module.__class__ = _adapted_class(type(module), tuple(parts))
+    return cast(AdaptedModule, module)
+
+
+def unspecialise(module: AdaptedModule) -> nn.Module:
+    """Undo :func:`specialise` exactly."""
+    cast(nn.Module, module).__class__ = module.original_class
+    del module._parameters["uora_d"], module._parameters["uora_b"], module.__dict__["_uora"]
+    return module
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """(name, module) of every adapted module, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedModule):
+            yield name, module

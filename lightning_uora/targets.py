@@ -276,7 +276,7 @@ def _attention(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) 
     blocks: set[tuple[str, ...]] = set()
     for name, module in candidates.items():
         if isinstance(module, nn.MultiheadAttention):
-            chosen.update((name, f"{name}.out_proj"))
+            chosen.update((name, f"{name}.out_proj".lstrip(".")))
             continue
         path, leaf = _unwrap(name)
         if _is_pointwise(module) and _is_query_key_value(modules, path, leaf):

@@ -99,9 +99,7 @@ class Projections(nn.Module):
 
     @override
     def forward(self, x: Any) -> Any:
-        """The input as it is: where the root is an ``nn.Sequential``, the owner is the last thing it
-        calls.
-        """
+        """The input as it is: the owner is the last thing that an ``nn.Sequential`` root calls."""
         return x
 
     @override

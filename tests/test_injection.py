@@ -171,7 +171,7 @@ def test_old_weight_norm_is_refused():
 
 def test_presets_refuse_rather_than_skip_what_they_would_miss():
     model = nn.Sequential(nn.Linear(5, 5), parametrizations.orthogonal(nn.Linear(5, 5)))
-    with pytest.raises(ValueError, match="'1' .* is parametrised"):
+    with pytest.raises(ValueError, match=r"'1' .* is parametrised"):
         attach_uora(model, UORAConfig(rank=2, target_modules="all-linear"))
     assert attach_uora(model, UORAConfig(rank=2, target_modules="all-linear", exclude_modules=["1"])) == ["0"]
 
@@ -184,7 +184,7 @@ def test_an_adapted_model_is_refused_and_so_is_one_with_an_adapted_part():
         with pytest.raises(ValueError, match="adapted already; call detach_uora"):
             attach_uora(root, UORAConfig(rank=2, target_modules="all"))
         assert snapshot(root) == before
-    with pytest.raises(ValueError, match="its submodule 'net' is"):
+    with pytest.raises(ValueError, match=r"its submodule 'net' is"):
         detach_uora(model)
 
 

@@ -242,7 +242,7 @@ def test_effective_weight_is_kept_without_gradients_until_a_source_changes():
             lambda: raw(module).add_(1.0),
             lambda: module.uora_projections.down(27).add_(1.0),
             lambda: module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()}),
-            lambda: first.zero_(),
+            lambda: module.weight.zero_(),
             lambda: setattr(module.uora_b, "data", torch.ones(4)),
         ):
             change()

@@ -115,7 +115,7 @@ def test_attention_of_torch_covers_in_proj_and_out_proj():
 def test_attention_on_a_model_without_attention_proposes_other_presets(name: str):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ValueError, match="finds nothing to adapt.*'all-linear' or 'all'"):
+    with pytest.raises(ValueError, match=r"finds nothing to adapt.*'all-linear' or 'all'"):
         chosen(model)
 
 
@@ -159,7 +159,7 @@ def test_patterns(vit: nn.Module, pattern, expected):
     names = chosen(vit, pattern)
     assert len(names) == 18 if expected is None else list(names) == expected
     wrapped = nn.ModuleDict({"model": vit})
-    if not (isinstance(pattern, str) and (pattern.startswith("re:") or pattern.startswith("blocks.0"))):
+    if not (isinstance(pattern, str) and pattern.startswith(("re:", "blocks.0"))):
         assert chosen(wrapped, pattern) == tuple(f"model.{name}" for name in names)
 
 

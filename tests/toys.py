@@ -1,0 +1,100 @@
+"""Small Lightning modules, their data and a quiet trainer."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_uora import UORACallback
+
+
+class Toy(LightningModule):
+    """Two blocks and a head; built in ``__init__`` unless ``late`` says where."""
+
+    late = ""
+
+    def __init__(self):
+        super().__init__()
+        if not self.late:
+            self.build()
+
+    def build(self):
+        if not hasattr(self, "body"):
+            self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+            self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def training_step(self, batch, batch_index):
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_index):
+        self.log("val", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_index):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class BuiltInSetup(Toy):
+    late = "setup"
+
+    def setup(self, stage):
+        self.build()
+
+
+class BuiltInConfigureModel(Toy):
+    late = "configure_model"
+
+    def configure_model(self):
+        self.build()
+
+
+class HeadFirst(Toy):
+    """The head exists from the start; the rest comes in ``configure_model``."""
+
+    late = "configure_model"
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+
+    def configure_model(self):
+        self.build()
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+BUILT = [Toy, BuiltInSetup, BuiltInConfigureModel, HeadFirst]
+
+
+def data(count: int = 16, batch: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(count, 6, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=batch)
+
+
+def trainer(*callbacks, **options) -> Trainer:
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+
+def callback(**options) -> UORACallback:
+    return UORACallback(**{"rank": 4, "target_modules": "all-linear", **options})

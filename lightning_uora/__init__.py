@@ -1,18 +1,20 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback`` · ``report`` · ``injection`` · ``layers``, ``targets`` ·
-``projection`` · ``functional``, ``config``.
+Floors, each importing only from below: ``callback`` · ``report`` · ``injection``, ``refresh`` · ``layers``,
+``targets`` · ``projection`` · ``functional``, ``config``.
 """
 
 from lightning_uora.callback import UORACallback
-from lightning_uora.config import UORAConfig
+from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters
+from lightning_uora.refresh import rebuild, refresh
 from lightning_uora.report import LayerSummary, Summary, summarize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LayerSummary",
+    "ReinitSchedule",
     "Summary",
     "UORACallback",
     "UORAConfig",
@@ -20,5 +22,7 @@ __all__ = [
     "attach_uora",
     "detach_uora",
     "named_adapters",
+    "rebuild",
+    "refresh",
     "summarize",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,9 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_uora.config import UORAConfig
+from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import attach_uora, is_adapted, named_adapters
-from lightning_uora.projection import Projections
+from lightning_uora.projection import OWNER, Projections, projections_of
+from lightning_uora.refresh import Refresher, require_growth_possible
 from lightning_uora.report import Summary, summarize
 
 __all__ = ["UORACallback"]
@@ -45,9 +47,12 @@ class UORACallback(Callback):
         bias: ``"none"``, ``"adapted"`` or ``"all"``: which biases train.
         seed: Seeds A and B; the global random state is not touched.
         compute: ``"auto"``, ``"merged"`` or ``"factored"``.
+        share: ``"model"`` or ``"layer"``: whose rows a refresh may change.
+        reinit: When and which weak rows of A and B are refreshed; None: never.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.
+        reinit: The schedule, or None.
         summary: Parameter counts of the module adapted last; None before ``setup``.
 
     Raises:
@@ -71,6 +76,8 @@ class UORACallback(Callback):
         bias: Literal["none", "adapted", "all"] = "none",
         seed: int = 0,
         compute: Literal["auto", "merged", "factored"] = "auto",
+        share: Literal["model", "layer"] = "model",
+        reinit: ReinitSchedule | None = ReinitSchedule(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         self.config = UORAConfig(
@@ -84,9 +91,21 @@ class UORACallback(Callback):
             bias=bias,
             seed=seed,
             compute=compute,
+            share=share,
         )
+        self.reinit = reinit
+        if reinit is not None and reinit.growth == "gradient":
+            require_growth_possible(share, dropout)
+        self._refresher = Refresher(reinit) if reinit is not None else None
+        self._owner: Projections | None = None
+        self._resumed = False
         self.summary: Summary | None = None
         self._gradients_seen = False
+
+    @property
+    def refreshes(self) -> list[dict[str, Any]]:
+        """Plain records of the refreshes so far, one each: ``step``, and ``rows`` by projection."""
+        return [] if self._owner is None else self._owner.record
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -108,9 +127,49 @@ class UORACallback(Callback):
         if trainer.loggers:
             self._log_hyperparameters(trainer)
         _add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in callbacks):
+        if trainer.is_global_zero and any(
+            isinstance(callback, ModelSummary) for callback in _callbacks(trainer)
+        ):
             Console().print(self.summary.table())
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = _step(trainer)
+        if self._refresher is not None:
+            self._refresher.due = self._refresher.schedule.due_steps(_total_steps(trainer))
+            if not self._resumed:
+                self._refresher = Refresher(self._refresher.schedule, self._refresher.due, self._last_step)
+            self._resumed = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._refresher is not None:
+            root, step = _root(pl_module), _step(trainer)
+            if self._refresher.is_due(step):  # resumed from between a step and its refresh
+                self._refresh(trainer, self._refresher, root, step)
+            self._refresher.before_step(root, step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = _step(trainer)
+        if self._refresher is not None and step != self._last_step:  # not while gradients accumulate
+            self._last_step = step
+            self._refresh(trainer, self._refresher, _root(pl_module), step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refresher = self._refresher
+        if refresher is not None and refresher.is_over and not refresher.refreshed:
+            rank_zero_warn(
+                f"reinit refreshed no row in {len(refresher.due)} attempts: "
+                f"threshold={refresher.schedule.threshold} "
+                f"({refresher.schedule.threshold_mode}) or max_fraction={refresher.schedule.max_fraction} "
+                "is too low."
+            )
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,12 +181,29 @@ class UORACallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._refresher is None else {"refresher": self._refresher.state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._refresher is not None and "refresher" in state_dict:
+            self._refresher.load_state(state_dict["refresher"])
+            self._resumed = True
+
+    def _refresh(self, trainer: Trainer, refresher: Refresher, root: nn.Module, step: int) -> None:
+        rows = refresher.after_step(root, trainer.optimizers, step)
+        if rows is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics({"uora/refreshed_rows": float(sum(map(len, rows.values())))}, step)
+
     def _attach(self, pl_module: LightningModule) -> None:
         if is_adapted(pl_module):
             _check_same_config(pl_module, self.config)
         else:
             attach_uora(pl_module, self.config)
-        _keep_from_travelling(pl_module)
+        self._owner = projections_of(_root(pl_module))
+        _keep_from_travelling(pl_module, self._owner)
         self.summary = summarize(pl_module)
 
     def _log_hyperparameters(self, trainer: Trainer) -> None:
@@ -182,13 +258,61 @@ def _check_same_config(pl_module: LightningModule, config: UORAConfig) -> None:
         raise ValueError("the module has adapters of another configuration: " + "; ".join(different) + ".")
 
 
-def _keep_from_travelling(pl_module: LightningModule) -> None:
+def _keep_from_travelling(pl_module: LightningModule, owner: Projections) -> None:
     """DistributedDataParallel sends every buffer at each forward; every rank drew A and B by itself."""
     ignored = set(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()))
-    for name, module in pl_module.named_modules():
-        if isinstance(module, Projections):
-            ignored.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers())
+    (prefix,) = (name for name, module in pl_module.named_modules() if module is owner)
+    layers = len(list(named_adapters(pl_module)))
+    names = owner.names_ever(layers if owner.config.share == "layer" else 0)
+    ignored.update(f"{prefix}.{name}" for name in names)
     pl_module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def _root(pl_module: LightningModule) -> nn.Module:
+    """The module that was adapted: the LightningModule, or the part that ``attach_uora`` was called on."""
+    return next(module for module in pl_module.modules() if OWNER in module._modules)
+
+
+# Note [Counting steps]
+# Schedules count optimizer steps. trainer.global_step does so under automatic optimisation. Under manual
+# optimisation it moves by the number of optimizers, or stays 0 where they are used past Lightning; there
+# batches are counted.
+
+
+def _step(trainer: Trainer) -> int:
+    """Optimizer steps so far, see Note [Counting steps]."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1
+
+
+def _accumulation(trainer: Trainer, epoch: int) -> int:
+    """Batches of one optimizer step in an epoch."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    for callback in _callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return int(callback.get_accumulate_grad_batches(epoch))
+    return trainer.accumulate_grad_batches
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _total_steps(trainer: Trainer) -> int | None:
+    """Steps of the whole run; None when it has no end. See Note [Counting steps]."""
+    per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
+    limits: list[float] = []
+    automatic = trainer.lightning_module.automatic_optimization
+    if trainer.max_steps >= 0:
+        limits.append(
+            trainer.max_steps if automatic else trainer.max_steps // max(1, len(trainer.optimizers))
+        )
+    if epochs is not None and epochs >= 0 and per_epoch != float("inf"):
+        limits.append(sum(math.ceil(per_epoch / _accumulation(trainer, epoch)) for epoch in range(epochs)))
+    return int(min(limits)) if limits else None
 
 
 def _add_missing_to_optimizer(optimizers: Sequence[Optimizer], pl_module: LightningModule) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRESETS", "UORAConfig"]
+__all__ = ["PRESETS", "ReinitSchedule", "UORAConfig"]
 
 PRESETS = ("attention", "all-linear", "all")
 """Names that ``target_modules`` understands besides patterns."""
@@ -36,6 +36,9 @@ class UORAConfig:
         compute: ``"merged"`` builds the effective weight, ``"factored"`` applies A and B to the input,
             ``"auto"`` takes what costs fewer operations for each input. What is not Linear-like is always
             merged.
+        share: Whose rows a refresh may change. ``"model"``: one A for each width and one B for each height, a
+            row is refreshed when every layer that uses it finds it weak. ``"layer"``: each layer refreshes
+            rows of its own, in a copy made at its first refresh.
 
     Raises:
         ValueError: A value is outside what is allowed; the message names the field, what came and what is
@@ -55,6 +58,7 @@ class UORAConfig:
     bias: str = "none"
     seed: int = 0
     compute: str = "auto"
+    share: str = "model"
 
     def __post_init__(self) -> None:
         require_int("rank", self.rank, at_least=1)
@@ -66,12 +70,123 @@ class UORAConfig:
         require_choice("init", self.init, ("orthogonal", "kaiming_uniform"))
         require_choice("bias", self.bias, ("none", "adapted", "all"))
         require_choice("compute", self.compute, ("auto", "merged", "factored"))
+        require_choice("share", self.share, ("model", "layer"))
         for name in ("target_modules", "exclude_modules", "trainable_modules"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if not self.target_modules:
             raise invalid(
                 "target_modules", self.target_modules, "a preset, a pattern, or a list of at least one"
             )
+
+
+@dataclass(frozen=True)
+class ReinitSchedule:
+    """When weak rows and columns of A and B are refreshed, which ones, and what replaces them.
+
+    Counted in optimizer steps; in batches under manual optimisation.
+
+    Args:
+        every_n_steps: Steps between refreshes; None: four, evenly spread over the window.
+        threshold: An entry whose score is below it is weak.
+        threshold_mode: ``"relative"`` to the layer's mean score, ``"absolute"``, or ``"fraction"``: the
+            lowest such share.
+        max_fraction: At most this share of the rows in one refresh, the weakest first.
+        interpolation: λ in [0, 1]. A row turns by the angle whose tangent is λ / (1 - λ): 0 changes nothing,
+            1 replaces.
+        start: First step of the window; a float is a fraction of the run's steps, an integer a step.
+        stop: Last step of the window, likewise.
+        vectors: Whose magnitudes decide: ``"d"`` (rows of A with columns of B), ``"b"`` (rows of B).
+        reset_optimizer_state: Clear the first moment of refreshed entries.
+        criterion: The score: ``"magnitude"``, ``"ema"`` (its exponential average over about 20 steps), or
+            ``"sensitivity"`` (magnitude x root of the optimizer's second moment).
+        preserve_function: Scale a refreshed entry of d (or b) by the cosine of the turn, the choice that
+            moves the layer's output least; else keep it.
+        growth: ``"random"``, or ``"gradient"``: of ``candidates`` fresh directions those with the largest
+            gradient (needs ``share="layer"``).
+        candidates: How many directions ``growth="gradient"`` looks at, for each layer.
+
+    Raises:
+        ValueError: A value is outside what is allowed.
+
+    Source: refreshing small entries' rows by interpolation from UORA (arXiv:2505.20154); rotation, window,
+    criteria and function preservation are *ours*; growth by gradient after RigL (arXiv:1911.11134), *ours*.
+    """
+
+    every_n_steps: int | None = None
+    threshold: float = 0.5
+    threshold_mode: str = "relative"
+    max_fraction: float = 0.25
+    interpolation: float = 0.5
+    start: int | float = 0.03
+    stop: int | float = 0.2
+    vectors: Sequence[str] = ("d",)
+    reset_optimizer_state: bool = True
+    criterion: str = "magnitude"
+    preserve_function: bool = True
+    growth: str = "random"
+    candidates: int = 512
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None:
+            require_int("every_n_steps", self.every_n_steps, at_least=1)
+        require_int("candidates", self.candidates, at_least=1)
+        require_number("threshold", self.threshold)
+        require_choice("threshold_mode", self.threshold_mode, ("relative", "absolute", "fraction"))
+        if self.threshold < 0 or (self.threshold_mode == "fraction" and self.threshold > 1):
+            raise invalid("threshold", self.threshold, "at least 0, and at most 1 as a fraction")
+        for name in ("max_fraction", "interpolation"):
+            require_number(name, getattr(self, name))
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise invalid(name, getattr(self, name), "in [0, 1]")
+        for name in ("start", "stop"):
+            _check_moment(name, getattr(self, name))
+        if type(self.start) is type(self.stop) and self.start > self.stop:
+            raise invalid("stop", self.stop, f"at least start={self.start}")
+        vectors = _patterns("vectors", self.vectors)
+        object.__setattr__(self, "vectors", (vectors,) if isinstance(vectors, str) else vectors)
+        if not self.vectors or not set(self.vectors) <= {"d", "b"}:
+            raise invalid("vectors", self.vectors, "a choice of 'd' and 'b'")
+        for name in ("reset_optimizer_state", "preserve_function"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, getattr(self, name), "true or false")
+        require_choice("criterion", self.criterion, ("magnitude", "ema", "sensitivity"))
+        require_choice("growth", self.growth, ("random", "gradient"))
+        if self.growth == "gradient" and self.vectors != ("d",):
+            raise invalid("vectors", self.vectors, "('d',) with growth='gradient'")
+
+    def due_steps(self, total: int | None) -> list[int]:
+        """The steps after which a refresh is due, ascending.
+
+        Args:
+            total: Optimizer steps of the whole run; None when the run has no end.
+
+        Raises:
+            ValueError: ``start`` or ``stop`` is a fraction and the run has no end.
+        """
+        first, last = max(1, self._step("start", total)), self._step("stop", total)
+        if last < first:
+            return []
+        if self.every_n_steps is not None:
+            return list(range(first, last + 1, self.every_n_steps))
+        return sorted({round(first + (last - first) * i / 3) for i in range(4)})
+
+    def _step(self, name: str, total: int | None) -> int:
+        moment: int | float = getattr(self, name)
+        if isinstance(moment, int):
+            return moment
+        if total is None:
+            raise ValueError(
+                f"{name}={moment} is a fraction of the run, which has no end (max_steps and max_epochs are "
+                "unlimited); give start and stop as integers, in optimizer steps."
+            )
+        return round(moment * total)
+
+
+def _check_moment(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise invalid(name, value, "a fraction in [0.0, 1.0] or an integer step")
+    if not value >= 0 or (isinstance(value, float) and not value <= 1.0):
+        raise invalid(name, value, "a fraction in [0.0, 1.0] or an integer step of at least 0")
 
 
 def invalid(field: str, value: object, allowed: str) -> ValueError:

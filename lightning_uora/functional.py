@@ -35,6 +35,7 @@ __all__ = [
     "draw_up",
     "factored_flops",
     "merged_flops",
+    "one_thread",
 ]
 
 Init = Literal["orthogonal", "kaiming_uniform"]
@@ -213,14 +214,14 @@ def _draw(
     if init == "kaiming_uniform":
         bound = math.sqrt(3.0 * variance)
         return out.uniform_(-bound, bound, generator=generator)
-    with _one_thread():
+    with one_thread():
         for block in torch.split(out, length):
             haar_rows_(block, generator)
     return out.mul_(math.sqrt(length * variance))
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """LAPACK's last bits depend on the number of threads; one makes a draw repeatable."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_uora.config import UORAConfig
 from lightning_uora.layers import AdaptedModule, adapted_modules, named_parts, specialise, unspecialise
-from lightning_uora.projection import OWNER, Projections
+from lightning_uora.projection import OWNER, Projections, projections_of
 from lightning_uora.targets import Selection, select
 
 __all__ = [
@@ -68,8 +68,8 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     owner.requires_grad_before = {name: p.requires_grad for name, p in model.named_parameters()}
     model.register_module(OWNER, owner)
     try:
-        for module in modules.values():
-            specialise(module, owner)
+        for index, module in enumerate(modules.values()):
+            specialise(module, owner, index)
         _freeze(model, selection, config)
     except BaseException:
         detach_uora(model)
@@ -142,20 +142,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def is_adapted(model: nn.Module) -> bool:
     """Whether ``model`` or anything in it has adapters."""
     return any(True for _ in adapted_modules(model))
-
-
-def projections_of(model: nn.Module) -> Projections:
-    """The owner of A and B at the root of an adapted model.
-
-    Raises:
-        ValueError: The model is not adapted, or is a part of an adapted one.
-    """
-    owner = model._modules.get(OWNER)
-    if not isinstance(owner, Projections):
-        inner = [name for name, module in model.named_modules() if isinstance(module, Projections)]
-        where = f"; its submodule {inner[0].rpartition('.')[0]!r} is" if inner else "; call attach_uora first"
-        raise ValueError(f"model ({type(model).__name__}) is not the root of an adapted model{where}.")
-    return owner
 
 
 def _one_device_and_widest_dtype(weights: dict[tuple[str, str], Tensor]) -> tuple[torch.device, torch.dtype]:

@@ -60,6 +60,7 @@ class Adapter:
 
     owner: Projections
     parts: dict[str, Part]
+    index: int
     cache: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     held: dict[str, Tensor] | None = None
 
@@ -124,8 +125,8 @@ class AdaptedModule(nn.Module):
 
     def _uora_tensors(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A (of width n), B, d, b of this module."""
-        adapter = self._uora
-        return adapter.owner.down(n), adapter.owner.up(adapter.m), self.uora_d, self.uora_b
+        owner, index = self._uora.owner, self._uora.index
+        return owner.down(n, index), owner.up(self._uora.m, index), self.uora_d, self.uora_b
 
     def _uora_weight(self, name: str) -> Tensor | None:
         """What reading the adapted parameter returns, see Note [When the effective weight is kept]."""
@@ -144,6 +145,8 @@ class AdaptedModule(nn.Module):
         if self._uora_keeps():
             return self._uora_kept(part, sources)
         weight = part.delta(*sources)
+        if adapter.owner.gradients is not None and weight.requires_grad:
+            _collect_gradient(weight, adapter, name)
         if adapter.held is not None:
             adapter.held[name] = weight
         return weight
@@ -235,7 +238,7 @@ class AdaptedLinear(AdaptedModule):
     def _uora_prefers_factored(self, x: Tensor) -> bool:
         adapter, config = self._uora, self._uora.owner.config
         (part,) = adapter.parts.values()
-        if config.compute == "merged" or x.is_nested:
+        if config.compute == "merged" or x.is_nested or adapter.owner.gradients is not None:
             return False
         if config.compute == "factored" or self._uora_keeps():
             return config.compute == "factored"
@@ -253,6 +256,17 @@ class AdaptedAttention(AdaptedModule):
             return super().forward(*args, **kwargs)
         finally:
             self._uora.held = None
+
+
+def _collect_gradient(weight: Tensor, adapter: Adapter, name: str) -> None:
+    """Add dL/dW_eff of the coming backward to what the owner collects."""
+    gradients, key = adapter.owner.gradients, (adapter.index, name)
+
+    def add(G: Tensor) -> None:
+        if gradients is not None:
+            gradients[key] = gradients[key] + G.float() if key in gradients else G.float()
+
+    weight.register_hook(add)  # type: ignore[no-untyped-call]
 
 
 def _plain_linear(x: Tensor, W: Tensor | None, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -370,13 +384,13 @@ def _new(cls: type[nn.Module], names: tuple[str, ...], *args: Any) -> AdaptedMod
     return adapted.__new__(adapted, *args)
 
 
-def specialise(module: nn.Module, owner: Projections) -> AdaptedModule:
+def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModule:
     """Adapt ``module`` in place: two new parameters, and the class that reads through them.
 
     A fresh adapter has b = 0, so the module computes exactly what it did.
     """
     parts = named_parts(module)
-    adapter = Adapter(owner, parts)
+    adapter = Adapter(owner, parts, index)
     device = cast(Tensor, module._parameters[next(iter(parts))]).device
     d = torch.full((owner.config.rank,), owner.config.d_init, dtype=torch.float32, device=device)
     b = torch.zeros(adapter.m, dtype=torch.float32, device=device)

@@ -8,6 +8,7 @@ keys do not repeat and ``deepcopy``, ``pickle`` and ``.to()`` keep the sharing.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from typing_extensions import override
 from lightning_uora.config import UORAConfig
 from lightning_uora.functional import Init, draw_down, draw_up
 
-__all__ = ["OWNER", "Projections", "seeded_generator"]
+__all__ = ["OWNER", "Projections", "projections_of", "seeded_generator"]
 
 OWNER = "uora_projections"
 """Name under which the owner is registered at the root of an adapted model."""
@@ -29,6 +30,11 @@ def seeded_generator(seed: int, *labels: object) -> torch.Generator:
     text = ":".join(map(str, (seed, *labels)))
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a buffer is one layer's own (``A_768_3``) and not shared (``A_768``)."""
+    return name.count("_") == 2
 
 
 class Projections(nn.Module):
@@ -58,18 +64,43 @@ class Projections(nn.Module):
         self.config = config
         self.disabled = 0
         self.requires_grad_before: dict[str, bool] = {}
+        self.record: list[dict[str, Any]] = []
+        self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"
         for name in [f"A_{n}" for n in sorted(widths)] + [f"B_{m}" for m in sorted(heights)]:
             self.register_buffer(
                 name, self._draw(name).to(device, dtype) if device.type != "meta" else self._meta(name, dtype)
             )
 
-    def down(self, n: int) -> Tensor:
-        """A for inputs of width n, shape (r, n)."""
-        return cast(Tensor, self._buffers[f"A_{n}"])
+    def down(self, n: int, layer: int | None = None) -> Tensor:
+        """A for width n, shape (r, n): the layer's own once it has refreshed it, else the shared one."""
+        return cast(Tensor, self._buffers.get(f"A_{n}_{layer}", self._buffers[f"A_{n}"]))
 
-    def up(self, m: int) -> Tensor:
-        """B for outputs of height m, shape (m, r)."""
-        return cast(Tensor, self._buffers[f"B_{m}"])
+    def up(self, m: int, layer: int | None = None) -> Tensor:
+        """B for height m, shape (m, r): the layer's own once it has refreshed it, else the shared one."""
+        return cast(Tensor, self._buffers.get(f"B_{m}_{layer}", self._buffers[f"B_{m}"]))
+
+    def writable(self, name: str) -> Tensor:
+        """The buffer of that name, to change in place; a layer's own is first copied from the shared one."""
+        if name not in self._buffers:
+            shared = cast(Tensor, self._buffers[name.rpartition("_")[0]])
+            self.register_buffer(name, shared.clone())
+        return cast(Tensor, self._buffers[name])
+
+    def reset(self) -> None:
+        """Back to the seeded draw: no own copies, no record."""
+        self._drop_own(keep=())
+        self.record = []
+        for name, buffer in self._buffers.items():
+            cast(Tensor, buffer).copy_(self._draw(name))
+
+    def names_ever(self, layers: int) -> list[str]:
+        """Every buffer name that may exist in a run with that many layers."""
+        shared = [name for name in self._buffers if not _is_own(name)]
+        return shared + [f"{name}_{layer}" for name in shared for layer in range(layers)]
+
+    def _drop_own(self, keep: Iterable[str]) -> None:
+        for name in [name for name in self._buffers if _is_own(name) and name not in keep]:
+            del self._buffers[name]
 
     def _draw(self, name: str) -> Tensor:
         rank, init, seed = self.config.rank, cast(Init, self.config.init), self.config.seed
@@ -97,6 +128,31 @@ class Projections(nn.Module):
                 buffer.copy_(self._draw(name))
         return self
 
+    # Note [Record and own copies in the state dict]
+    # A and B in a checkpoint are of no use to a resume without the record of how they came about, and a
+    # layer's own copies exist only after a refresh. So the record travels as one tensor of JSON bytes beside
+    # them, and loading makes or removes copies to match. A state dict that knows nothing of this owner
+    # changes nothing.
+
+    @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.record:
+            text = json.dumps({"version": 1, "refreshes": self.record}).encode()
+            destination[f"{prefix}record"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    @override
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if names:
+            record = state_dict.pop(f"{prefix}record", None)
+            self.record = [] if record is None else json.loads(bytes(record.tolist()))["refreshes"]
+            self._drop_own(keep=names)
+            for name in names:
+                if _is_own(name) and name.rpartition("_")[0] in self._buffers:
+                    self.writable(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @override
     def forward(self, x: Any) -> Any:
         """The input as it is: the owner is the last thing that an ``nn.Sequential`` root calls."""
@@ -105,3 +161,17 @@ class Projections(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, init={self.config.init!r}, seed={self.config.seed}"
+
+
+def projections_of(model: nn.Module) -> Projections:
+    """The owner of A and B at the root of an adapted model.
+
+    Raises:
+        ValueError: The model is not adapted, or is a part of an adapted one.
+    """
+    owner = model._modules.get(OWNER)
+    if not isinstance(owner, Projections):
+        inner = [name for name, module in model.named_modules() if isinstance(module, Projections)]
+        where = f"; its submodule {inner[0].rpartition('.')[0]!r} is" if inner else "; call attach_uora first"
+        raise ValueError(f"model ({type(model).__name__}) is not the root of an adapted model{where}.")
+    return owner

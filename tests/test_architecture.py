@@ -14,6 +14,7 @@ FLOORS = {
     "layers": 2,
     "targets": 3,
     "injection": 4,
+    "refresh": 4,
     "report": 5,
     "callback": 6,
 }

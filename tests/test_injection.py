@@ -200,11 +200,11 @@ def test_failure_in_the_middle_of_attaching_is_rolled_back(monkeypatch):
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     before, inner, calls = snapshot(model), injection.specialise, []
 
-    def second_fails(module, owner):
+    def second_fails(module, owner, index):
         calls.append(module)
         if len(calls) == 2:
             raise MemoryError
-        return inner(module, owner)
+        return inner(module, owner, index)
 
     monkeypatch.setattr(injection, "specialise", second_fails)
     with pytest.raises(MemoryError):

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
-from lightning_uora import UORACallback
+from lightning_uora import UORACallback, plot_refreshes, plot_vectors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -113,13 +113,13 @@ def run(
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
     callbacks = []
-    if method == "UORA":
+    if method.startswith("UORA"):
         targets = ["qkv", "proj", "fc1", "fc2"] if arguments.model is None else arguments.target_modules
-        callbacks = [
-            UORACallback(rank=arguments.rank, target_modules=targets, exclude_modules=["patch_embed"])
-        ]
+        reinit = {} if method == "UORA" else {"reinit": None}
+        callbacks = [UORACallback(arguments.rank, targets, ["patch_embed"], **reinit)]
     rates = {
         "UORA": 3e-3,
+        "UORA without refreshes": 3e-3,
         "linear probe": 1e-2,
         "full fine-tuning": 1e-3 if arguments.model is None else 1e-4,
     }
@@ -133,6 +133,9 @@ def run(
     with torch.inference_mode():
         guesses = module.eval().cpu()(images).argmax(1)
     result = {"accuracy": 100 * scores["accuracy"], "trained": trained, "seconds": seconds}
+    if method == "UORA":
+        plot_vectors(module).savefig(arguments.out / "vectors.png", dpi=120)
+        plot_refreshes(callbacks[0].refreshes).savefig(arguments.out / "refreshes.png", dpi=120)
     return {**result, "images": images, "guesses": guesses}
 
 
@@ -197,7 +200,7 @@ def main() -> None:
         def build() -> nn.Module:
             return pretrained_small_vit(arguments.out / "pretrained.pt")
 
-    methods = ("UORA", "linear probe", "full fine-tuning")
+    methods = ("UORA", "UORA without refreshes", "linear probe", "full fine-tuning")
     results = {method: run(method, build, data, len(names), arguments) for method in methods}
     table = Table("method", "accuracy, %", "trainable parameters", "seconds", title="test accuracy")
     for method, result in results.items():
@@ -206,7 +209,10 @@ def main() -> None:
         )
     Console().print(table)
     picture(results, names, arguments.out / "results.png")
-    print(f"picture: {arguments.out / 'results.png'}")
+    print(
+        "pictures: results.png, vectors.png (|d|, refreshed entries in red), refreshes.png in "
+        f"{arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from lightning_uora.callback import UORACallback
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters
 from lightning_uora.refresh import rebuild, refresh
-from lightning_uora.report import LayerSummary, Summary, summarize
+from lightning_uora.report import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,8 @@ __all__ = [
     "attach_uora",
     "detach_uora",
     "named_adapters",
+    "plot_refreshes",
+    "plot_vectors",
     "rebuild",
     "refresh",
     "summarize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,7 +24,7 @@ from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import attach_uora, is_adapted, named_adapters
 from lightning_uora.projection import OWNER, Projections, projections_of
 from lightning_uora.refresh import Refresher, require_growth_possible
-from lightning_uora.report import Summary, summarize
+from lightning_uora.report import Summary, plot_refreshes, plot_vectors, summarize
 
 __all__ = ["UORACallback"]
 
@@ -172,6 +174,11 @@ class UORACallback(Callback):
             )
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.refreshes and trainer.is_global_zero:
+            _log_figures(trainer, _root(pl_module))
+
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._gradients_seen:
             self._gradients_seen = True
@@ -214,6 +221,19 @@ class UORACallback(Callback):
         }
         for logger in trainer.loggers:
             logger.log_hyperparams(counts)
+
+
+def _log_figures(trainer: Trainer, root: nn.Module) -> None:
+    """Vectors and refreshes as images, to the loggers that take images, where matplotlib is installed."""
+    takers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
+    if not takers or importlib.util.find_spec("matplotlib") is None:
+        return
+    for name, figure in (("uora/vectors", plot_vectors(root)), ("uora/refreshes", plot_refreshes(root))):
+        for logger in takers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(name, figure, trainer.global_step)
+            else:
+                logger.experiment.log({name: figure})
 
 
 def _refuse_replacing_precision(trainer: Trainer) -> None:

@@ -99,6 +99,11 @@ class AdaptedModule(nn.Module):
         return tuple(self._uora.parts.values())
 
     @property
+    def layer_index(self) -> int:
+        """Place of this module among the adapted ones; names its own projections (``A_768_3``)."""
+        return self._uora.index
+
+    @property
     def original_class(self) -> type[nn.Module]:
         """The module's class before it was adapted."""
         return cast("type[nn.Module]", type(self).uora_original)  # type: ignore[attr-defined]

@@ -95,7 +95,9 @@ def test_weakest_by_threshold_and_limit(options, expected):
 
 def test_a_shared_row_is_weak_only_if_it_is_weak_in_every_layer():
     """The maximum over layers decides, not the mean."""
-    scores = [torch.tensor([0.1, 0.1, 1.0, 1.0]), torch.tensor([0.1, 1.0, 0.1, 1.0])]
+    scores = [torch.tensor([0.1, 0.02, 1.0, 1.0]), torch.tensor([0.1, 0.5, 0.7, 1.0])]
+    shares = [(s / s.mean())[1].item() for s in scores]
+    assert sum(shares) / 2 < 0.5 < max(shares)
     assert weakest(scores, ReinitSchedule(max_fraction=1.0)) == [0]
 
 

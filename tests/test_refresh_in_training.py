@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_uora import ReinitSchedule, UORACallback, named_adapters, rebuild
+from lightning_uora.refresh import Refresher
 from tests.toys import Toy, callback, data, equal_batches, trainer
 
 EAGER = {"threshold": 2.0, "start": 0.0, "stop": 1.0, "max_fraction": 0.5}
@@ -44,6 +45,13 @@ def test_steps_are_optimizer_steps_under_accumulation():
     uora = refreshing(every_n_steps=1, start=1.0)
     trainer(uora, GradientAccumulationScheduler({0: 1, 1: 4})).fit(Toy(), data())  # 4 + 1 steps
     assert steps_of(uora) == [5]
+
+
+def test_an_average_is_kept_over_optimizer_steps_and_not_over_batches(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Refresher, "_observe", lambda self, model: seen.append(1))
+    trainer(refreshing(criterion="ema", start=99, stop=99), accumulate_grad_batches=2).fit(Toy(), data())
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback`` · ``report`` · ``injection``, ``refresh`` · ``layers``,
-``targets`` · ``projection`` · ``functional``, ``config``.
+Floors, each importing only from below: ``callback`` · ``checkpoint``, ``report`` · ``injection``, ``refresh``
+· ``layers``, ``targets`` · ``projection`` · ``functional``, ``config``.
 """
 
 from lightning_uora.callback import UORACallback
+from lightning_uora.checkpoint import load_adapter, load_from_checkpoint, save_adapter
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters
 from lightning_uora.refresh import rebuild, refresh
@@ -21,10 +22,13 @@ __all__ = [
     "adapters_disabled",
     "attach_uora",
     "detach_uora",
+    "load_adapter",
+    "load_from_checkpoint",
     "named_adapters",
     "plot_refreshes",
     "plot_vectors",
     "rebuild",
     "refresh",
+    "save_adapter",
     "summarize",
 ]

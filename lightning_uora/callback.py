@@ -16,11 +16,12 @@ from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePr
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_uora.config import ReinitSchedule, UORAConfig
+from lightning_uora.checkpoint import CheckpointHooks
+from lightning_uora.config import ReinitSchedule, UORAConfig, require_choice
 from lightning_uora.injection import attach_uora, is_adapted, named_adapters
 from lightning_uora.projection import OWNER, Projections, projections_of
 from lightning_uora.refresh import Refresher, require_growth_possible
@@ -51,6 +52,8 @@ class UORACallback(Callback):
         compute: ``"auto"``, ``"merged"`` or ``"factored"``.
         share: ``"model"`` or ``"layer"``: whose rows a refresh may change.
         reinit: When and which weak rows of A and B are refreshed; None: never.
+        checkpoint: ``"full"`` checkpoints hold everything; ``"adapter"`` ones hold what trained, the base's
+            buffers and how to rebuild A and B, and want the same base when they are loaded.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.
@@ -78,8 +81,9 @@ class UORACallback(Callback):
         bias: Literal["none", "adapted", "all"] = "none",
         seed: int = 0,
         compute: Literal["auto", "merged", "factored"] = "auto",
-        share: Literal["model", "layer"] = "model",
+        share: Literal["model", "layer"] = "layer",
         reinit: ReinitSchedule | None = ReinitSchedule(),  # noqa: B008 - frozen
+        checkpoint: Literal["full", "adapter"] = "full",
     ) -> None:
         super().__init__()
         self.config = UORAConfig(
@@ -95,6 +99,8 @@ class UORACallback(Callback):
             compute=compute,
             share=share,
         )
+        require_choice("checkpoint", checkpoint, ("full", "adapter"))
+        self.checkpoint: Literal["full", "adapter"] = checkpoint
         self.reinit = reinit
         if reinit is not None and reinit.growth == "gradient":
             require_growth_possible(share, dropout)
@@ -103,6 +109,8 @@ class UORACallback(Callback):
         self._resumed = False
         self.summary: Summary | None = None
         self._gradients_seen = False
+        self._gradients: dict[str, Tensor] = {}
+        self._last_step = 0
 
     @property
     def refreshes(self) -> list[dict[str, Any]]:
@@ -137,6 +145,10 @@ class UORACallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = _step(trainer)
+        for name, gradient in self._gradients.items():
+            parameter = pl_module.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
+        self._gradients = {}
         if self._refresher is not None:
             self._refresher.due = self._refresher.schedule.due_steps(_total_steps(trainer))
             if not self._resumed:
@@ -198,6 +210,20 @@ class UORACallback(Callback):
             self._refresher.load_state(state_dict["refresher"])
             self._resumed = True
 
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if _accumulating(trainer):
+            named = pl_module.named_parameters()
+            checkpoint["uora_gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._gradients = checkpoint.get("uora_gradients", {})
+
     def _refresh(self, trainer: Trainer, refresher: Refresher, root: nn.Module, step: int) -> None:
         rows = refresher.after_step(root, trainer.optimizers, step)
         if rows is not None:
@@ -211,6 +237,7 @@ class UORACallback(Callback):
             attach_uora(pl_module, self.config)
         self._owner = projections_of(_root(pl_module))
         _keep_from_travelling(pl_module, self._owner)
+        CheckpointHooks(pl_module, self.checkpoint).install()
         self.summary = summarize(pl_module)
 
     def _log_hyperparameters(self, trainer: Trainer) -> None:
@@ -314,6 +341,14 @@ def _accumulation(trainer: Trainer, epoch: int) -> int:
         if isinstance(callback, GradientAccumulationScheduler):
             return int(callback.get_accumulate_grad_batches(epoch))
     return trainer.accumulate_grad_batches
+
+
+def _accumulating(trainer: Trainer) -> bool:
+    """Whether gradients wait for their optimizer step; Lightning's checkpoints leave them out."""
+    if not trainer.training or not trainer.lightning_module.automatic_optimization:
+        return False
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return not progress.is_last_batch and progress.current.ready % trainer.accumulate_grad_batches != 0
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

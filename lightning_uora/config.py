@@ -58,7 +58,7 @@ class UORAConfig:
     bias: str = "none"
     seed: int = 0
     compute: str = "auto"
-    share: str = "model"
+    share: str = "layer"
 
     def __post_init__(self) -> None:
         require_int("rank", self.rank, at_least=1)

@@ -65,6 +65,7 @@ class Projections(nn.Module):
         self.disabled = 0
         self.requires_grad_before: dict[str, bool] = {}
         self.record: list[dict[str, Any]] = []
+        self.base_prints: dict[str, tuple[Any, list[Any]]] = {}
         self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"
         for name in [f"A_{n}" for n in sorted(widths)] + [f"B_{m}" for m in sorted(heights)]:
             self.register_buffer(
@@ -92,6 +93,21 @@ class Projections(nn.Module):
         self.record = []
         for name, buffer in self._buffers.items():
             cast(Tensor, buffer).copy_(self._draw(name))
+
+    def set(self, values: dict[str, Tensor]) -> None:
+        """Take A and B as they are given; own copies that are not among them are dropped.
+
+        Raises:
+            ValueError: A name or a shape is not this owner's.
+        """
+        shared = {name: buffer for name, buffer in self._buffers.items() if not _is_own(name)}
+        for name, value in values.items():
+            target = shared.get(name.rpartition("_")[0] if _is_own(name) else name)
+            if target is None or target.shape != value.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} is not a projection of this model.")
+        self._drop_own(keep=values)
+        for name, value in values.items():
+            self.writable(name).copy_(value)
 
     def names_ever(self, layers: int) -> list[str]:
         """Every buffer name that may exist in a run with that many layers."""

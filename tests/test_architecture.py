@@ -16,6 +16,7 @@ FLOORS = {
     "injection": 4,
     "refresh": 4,
     "report": 5,
+    "checkpoint": 5,
     "callback": 6,
 }
 PACKAGE = Path(lightning_uora.__file__).parent

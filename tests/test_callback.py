@@ -184,7 +184,7 @@ def test_wrong_arguments_are_refused_when_the_callback_is_made():
 
 def test_buffers_of_the_owner_are_kept_from_travelling_with_ddp():
     model = Toy()
-    trainer(callback()).fit(model, data())
+    trainer(callback(share="model")).fit(model, data())
     assert model._ddp_params_and_buffers_to_ignore == ["uora_projections.A_6", "uora_projections.B_6"]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,3 +66,12 @@ def test_vision_example_refuses_bad_input_in_one_line(monkeypatch, tmp_path, cap
         runpy.run_path(str(ROOT / "examples/vision_timm.py"), run_name="__main__")
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_refresh_benchmark_runs_in_a_small_form(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["refresh.py", "cost", "--quick"])
+    threads = torch.get_num_threads()
+    runpy.run_path(str(ROOT / "benchmarks/refresh.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("training steps of batch 4") == 2

@@ -1,0 +1,225 @@
+"""Lightning checkpoints of both kinds: small or whole, and every resume is the unbroken run bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_uora import ReinitSchedule, UORACallback, load_from_checkpoint, named_adapters
+from tests.toys import BUILT, BuiltInConfigureModel, Toy, callback, data, equal_batches, trainer
+
+KINDS = ["full", "adapter"]
+RESUMING = "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+
+
+class Normed(Toy):
+    """With a BatchNorm, whose statistics move although it is frozen."""
+
+    def build(self):
+        super().build()
+        if not isinstance(self.body[1], nn.BatchNorm1d):
+            self.body.insert(1, nn.BatchNorm1d(6))
+
+
+def uora(kind: str, **options) -> UORACallback:
+    schedule = ReinitSchedule(threshold=2.0, start=0.0, stop=1.0, max_fraction=0.5, every_n_steps=2)
+    return callback(reinit=schedule, checkpoint=kind, **options)
+
+
+def made(cls=Normed, seed: int = 4):
+    torch.manual_seed(seed)
+    return cls()
+
+
+def same_state(one: nn.Module, two: nn.Module) -> bool:
+    state, other = one.state_dict(), two.state_dict()
+    return list(state) == list(other) and all(torch.equal(v, other[k]) for k, v in state.items())
+
+
+@pytest.mark.filterwarnings(RESUMING)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (4, 1), (6, 2), (5, 2), (7, 4)])
+def test_a_resume_after_refreshes_equals_the_unbroken_run(tmp_path, kind: str, batches: int, accumulate: int):
+    """Mid-epoch and mid-accumulation: weights, vectors, A and B, record, optimizer."""
+    path = tmp_path / "middle.ckpt"
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.fit_loop.total_batch_idx + 1 == batches and not path.exists():
+                trainer.save_checkpoint(path)
+
+    options = {"max_epochs": 3, "accumulate_grad_batches": accumulate}
+    model, one = made(), uora(kind)
+    run = trainer(one, Save(), **options)
+    run.fit(model, equal_batches())
+    resumed, two = made(), uora(kind)
+    again = trainer(two, **options)
+    again.fit(resumed, equal_batches(), ckpt_path=path)
+    assert two.refreshes == one.refreshes
+    assert same_state(model, resumed)
+    states = [t.optimizers[0].state_dict()["state"] for t in (run, again)]
+    for index, state in states[0].items():
+        assert all(torch.equal(state[k], states[1][index][k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("cls", [Normed, BuiltInConfigureModel])
+def test_load_from_checkpoint_needs_no_trainer(tmp_path, kind: str, weights_only: bool, cls):
+    model = made(cls)
+    run = trainer(uora(kind))
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    frozen = {"body.0.weight", "uora_projections.A_6"}
+    assert bool(frozen & set(checkpoint["state_dict"])) == (kind == "full")
+    torch.manual_seed(4)
+    loaded = load_from_checkpoint(cls, tmp_path / "a.ckpt")
+    assert type(loaded) is cls
+    assert same_state(loaded, model)
+    x = torch.randn(5, 6)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    trainer(uora(kind)).fit(loaded.train(), data())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", BUILT)
+def test_best_weights_are_tested_whoever_builds_the_model(tmp_path, kind: str, cls):
+    saves = ModelCheckpoint(tmp_path, monitor="val", save_weights_only=True)
+    run = trainer(uora(kind), saves, enable_checkpointing=True, max_epochs=3)
+    model = made(cls)
+    run.fit(model, data(), data())
+    (score,) = run.test(model, data(), ckpt_path="best", verbose=False)
+    assert score["val"] == pytest.approx(float(saves.best_model_score), abs=1e-6)
+    fresh = made(cls)
+    (score,) = trainer(uora(kind)).test(fresh, data(), ckpt_path=saves.best_model_path, verbose=False)
+    assert score["val"] == pytest.approx(float(saves.best_model_score), abs=1e-6)
+
+
+def test_an_adapter_checkpoint_holds_no_base_and_all_buffers(tmp_path):
+    run = trainer(uora("adapter"))
+    model = made()
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    statistics = {n for n, _ in model.named_buffers() if "running" in n or "num_batches" in n}
+    assert set(state) == trained | statistics
+    assert len(statistics) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_the_plain_model_loads_into_the_adapted_one(tmp_path, kind: str):
+    plain = made(seed=9)
+    run = trainer()
+    run.fit(plain, data())
+    run.save_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    model = made()
+    trainer(uora(kind)).test(model, data(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
+    x = torch.randn(5, 6)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+    assert len(list(named_adapters(model))) == 2
+
+
+def damaged(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+FAULTS = {
+    "another base": (lambda c: None, 5, "trained on another base"),
+    "missing key": (lambda c: c["state_dict"].pop("body.0.uora_d"), 4, "lacks 'body.0.uora_d'"),
+    "unexpected key": (lambda c: c["state_dict"].update(x=torch.ones(1)), 4, "has unexpected 'x'"),
+    "another shape": (
+        lambda c: c["state_dict"].update({"body.0.uora_d": torch.ones(3)}),
+        4,
+        r"uora_d has shape \(3,\)",
+    ),
+    "lost record": (lambda c: c["uora"].update(record=[]), 4, "are not those of the run"),
+    "newer version": (lambda c: c["uora"].update(version=99), 4, "has version 99"),
+    "another rank": (
+        lambda c: c["uora"]["config"].update(rank=5),
+        4,
+        r"another configuration: rank \(5 saved, 4 here",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_adapter_checkpoint_is_an_error_and_nothing_is_half_loaded(tmp_path, fault: str):
+    change, seed, message = FAULTS[fault]
+    path = tmp_path / "a.ckpt"
+    run = trainer(uora("adapter"))
+    run.fit(made(), data())
+    run.save_checkpoint(path)
+    damaged(path, change)
+    model = made(seed=seed)
+    trainer(uora("adapter")).validate(model, data(), verbose=False)  # attaches
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        trainer(uora("adapter")).fit(model, data(), ckpt_path=path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_another_base_can_be_accepted_by_an_explicit_option(tmp_path):
+    path = tmp_path / "a.ckpt"
+    run = trainer(uora("adapter"))
+    run.fit(made(), data())
+    run.save_checkpoint(path)
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match="another base"):
+        load_from_checkpoint(Normed, path)
+    with pytest.warns(UserWarning, match="another base"):
+        load_from_checkpoint(Normed, path, base_mismatch="warn")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK nonsense", "is damaged or not a checkpoint"),
+        (b"", "is damaged or not a checkpoint"),
+        (None, "was not made"),
+    ],
+)
+def test_files_that_are_no_checkpoint_of_ours(tmp_path, content, message: str):
+    path = tmp_path / "x.ckpt"
+    if content is None:
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_from_checkpoint(Toy, path)
+
+
+def test_the_modules_own_hooks_still_run_and_the_module_copies_and_pickles(tmp_path):
+    class Own(Normed):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            self.loaded = checkpoint["mine"]
+
+    model = made(Own)
+    run = trainer(uora("full"))
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    twin = copy.deepcopy(model)
+    assert twin.on_save_checkpoint.__self__.module is twin
+    loaded = load_from_checkpoint(Own, tmp_path / "a.ckpt")
+    assert loaded.loaded == 3
+    plain = made(Toy)
+    trainer(uora("full")).fit(plain, data())
+    again = pickle.loads(pickle.dumps(plain))
+    assert same_state(again, plain)
+
+
+def test_wrong_kind_is_refused():
+    with pytest.raises(ValueError, match=r"^checkpoint='small' is not allowed"):
+        UORACallback(checkpoint="small")

@@ -8,6 +8,7 @@ from lightning_uora.callback import UORACallback
 from lightning_uora.checkpoint import load_adapter, load_from_checkpoint, save_adapter
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters
+from lightning_uora.interop import export_peft
 from lightning_uora.refresh import rebuild, refresh
 from lightning_uora.report import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
 
@@ -22,6 +23,7 @@ __all__ = [
     "adapters_disabled",
     "attach_uora",
     "detach_uora",
+    "export_peft",
     "load_adapter",
     "load_from_checkpoint",
     "named_adapters",

@@ -14,6 +14,7 @@ import json
 import pickle
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,15 +70,35 @@ def save_adapter(
     if projections == "full":
         owner = projections_of(model)
         tensors |= {f"{OWNER}.{name}": b.detach().cpu().contiguous() for name, b in owner.named_buffers()}
+    write_folder(
+        directory, TENSOR_FILE, tensors, CONFIG_FILE, lambda path: {**manifest, "sha256": _sha256(path)}
+    )
+
+
+def write_folder(
+    directory: str | Path,
+    tensor_file: str,
+    tensors: dict[str, Tensor],
+    config_file: str,
+    config: Callable[[Path], dict[str, Any]],
+) -> None:
+    """Write a safetensors and a JSON file under temporary names, then rename both.
+
+    Args:
+        directory: Made if it does not exist.
+        tensor_file: Name of the safetensors file.
+        tensors: What goes into it.
+        config_file: Name of the JSON file.
+        config: Makes its content from the path of the finished safetensors file.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        new_tensors, new_config = Path(temporary) / TENSOR_FILE, Path(temporary) / CONFIG_FILE
+        new_tensors, new_config = Path(temporary) / tensor_file, Path(temporary) / config_file
         save_file(tensors, new_tensors)
-        manifest["sha256"] = _sha256(new_tensors)
-        new_config.write_text(json.dumps(manifest, indent=1))
-        new_tensors.replace(folder / TENSOR_FILE)
-        new_config.replace(folder / CONFIG_FILE)
+        new_config.write_text(json.dumps(config(new_tensors), indent=1))
+        new_tensors.replace(folder / tensor_file)
+        new_config.replace(folder / config_file)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, base_mismatch: Mismatch = "error") -> list[str]:

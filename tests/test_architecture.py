@@ -17,7 +17,8 @@ FLOORS = {
     "refresh": 4,
     "report": 5,
     "checkpoint": 5,
-    "callback": 6,
+    "interop": 6,
+    "callback": 7,
 }
 PACKAGE = Path(lightning_uora.__file__).parent
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import lightning.pytorch.callbacks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
@@ -28,6 +29,12 @@ from lightning_uora.refresh import Refresher, require_growth_possible
 from lightning_uora.report import Summary, plot_refreshes, plot_vectors, summarize
 
 __all__ = ["UORACallback"]
+
+AVERAGING: tuple[type[Callback], ...] = tuple(
+    getattr(lightning.pytorch.callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")  # the second since Lightning 2.6
+    if hasattr(lightning.pytorch.callbacks, name)
+)
 
 
 class UORACallback(Callback):
@@ -120,8 +127,9 @@ class UORACallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse_replacing_precision(trainer)
-        built_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
-        if built_later and not is_adapted(pl_module):
+        if stage == "fit":
+            self._refuse_averaging(trainer, pl_module)
+        if _built_later(pl_module) and not is_adapted(pl_module):
             _run_after_configure_model(pl_module, self._attach)
         else:
             self._attach(pl_module)
@@ -230,6 +238,25 @@ class UORACallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"uora/refreshed_rows": float(sum(map(len, rows.values())))}, step)
 
+    def _refuse_averaging(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Averaging callbacks copy the module in ``setup``, and average vectors whatever they scale."""
+        callbacks = _callbacks(trainer)
+        averaging = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
+        if not averaging:
+            return
+        name = type(averaging[0]).__name__
+        if self.reinit is not None:
+            raise MisconfigurationException(
+                f"{name} would average vectors over rows that a refresh replaces; use "
+                "UORACallback(reinit=None)."
+            )
+        late = _built_later(pl_module) and not is_adapted(pl_module)
+        if late or callbacks.index(averaging[0]) < callbacks.index(self):
+            raise MisconfigurationException(
+                f"{name} copies the module before it has adapters; put UORACallback before it, and call "
+                "attach_uora at the end of configure_model if the model is built there."
+            )
+
     def _attach(self, pl_module: LightningModule) -> None:
         if is_adapted(pl_module):
             _check_same_config(pl_module, self.config)
@@ -271,6 +298,10 @@ def _refuse_replacing_precision(trainer: Trainer) -> None:
             f"{type(plugin).__name__} replaces every Linear layer after the adapters are attached and would "
             "lose them; use precision='bf16-true' or 'bf16-mixed' with UORACallback."
         )
+
+
+def _built_later(pl_module: LightningModule) -> bool:
+    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
 
 
 # Note [Models built late]

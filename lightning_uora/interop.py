@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from lightning_uora.checkpoint import write_folder
 from lightning_uora.injection import named_adapters
-from lightning_uora.layers import AdaptedModule, has_plain_forward
+from lightning_uora.layers import AdaptedModule, facts
 
 __all__ = ["export_peft"]
 
-PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 USE_MERGE = "detach_uora(model, merge=True) keeps it exactly"
 
 
@@ -50,68 +49,87 @@ def export_peft(
     adapters = dict(named_adapters(model))
     if not adapters:
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")
-    if format not in ("lora", "vera"):
-        raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
-    heads = _heads(model, adapters)
-    tensors, settings = (_lora if format == "lora" else _vera)(adapters)
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    layers = {name: facts(module) for name, module in adapters.items()}
+    heads = _heads(model, adapters)
+    trained = {f"{head}.{k}": v for head in heads for k, v in model.get_submodule(head).state_dict().items()}
+    write_peft(adapters, layers, heads, trained, directory, format, base_model_name_or_path)
+
+
+def write_peft(
+    adapters: dict[str, AdaptedModule],
+    layers: dict[str, dict[str, Any]],
+    heads: list[str],
+    trained: dict[str, Tensor],
+    directory: str | Path,
+    format: str,
+    base_model_name_or_path: str | None,
+) -> None:
+    """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on."""
+    if format not in ("lora", "vera"):
+        raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
+    tensors, settings = (_lora if format == "lora" else _vera)(adapters, layers)
     config = {
         "base_model_name_or_path": base_model_name_or_path,
         "bias": "none",
-        "fan_in_fan_out": any(part.transposed for m in adapters.values() for part in m.adapted_parts),
+        "fan_in_fan_out": any(part[4] for layer in layers.values() for part in layer["parts"]),
         "inference_mode": True,
         "modules_to_save": heads or None,
         "target_modules": "|".join(re.escape(name) for name in adapters),
         "task_type": None,
         **settings,
     }
-    for head in heads:
-        for name, value in model.get_submodule(head).state_dict().items():
-            tensors[f"base_model.model.{head}.{name}"] = value
+    tensors |= {f"base_model.model.{name}": value for name, value in trained.items()}
     kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_folder(directory, "adapter_model.safetensors", kept, "adapter_config.json", lambda _: config)
 
 
-def _lora(adapters: dict[str, AdaptedModule]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _lora(
+    adapters: dict[str, AdaptedModule], layers: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, module in adapters.items():
-        A, B, d, b = _factors(name, module)
+        A, B, d, b = _factors(name, module, layers[name])
+        kernel = layers[name]["kernel"]
         down, up = d[:, None] * A, b[:, None] * B
-        if isinstance(module, PLAIN_CONVOLUTIONS):
-            down = down.reshape(len(d), *module._parameters["weight"].shape[1:])  # type: ignore[union-attr]
-            up = up.reshape(*up.shape, *(1 for _ in module.kernel_size))
+        if kernel:
+            down, up = down.reshape(len(d), -1, *kernel), up.reshape(*up.shape, *(1 for _ in kernel))
         tensors[f"base_model.model.{name}.lora_A.weight"] = down
         tensors[f"base_model.model.{name}.lora_B.weight"] = up
     rank = next(iter(adapters.values())).uora_d.numel()
     return tensors, {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
 
 
-def _vera(adapters: dict[str, AdaptedModule]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+# Note [Two names for saved projections]
+# PEFT 0.21 reads base_model.vera_A; 0.19 and 0.20 ignore that name in silence and read
+# base_model.vera_A.default. Both are written.
+
+
+def _vera(
+    adapters: dict[str, AdaptedModule], layers: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
-    shared: tuple[Tensor, Tensor] | None = None
+    shared: list[Tensor] = []
     for name, module in adapters.items():
-        if isinstance(module, PLAIN_CONVOLUTIONS):
+        if layers[name]["kernel"]:
             raise ValueError(
                 f"module {name!r} is a convolution, which PEFT's VeRA does not know; use format='lora'."
             )
-        A, B, d, b = _factors(name, module)
-        if shared is not None and not (_same(shared[0], A) and _same(shared[1], B)):
+        A, B, d, b = _factors(name, module, layers[name])
+        if shared and not (_same(shared[0], A) and _same(shared[1], B)):
             raise ValueError(
                 f"module {name!r} has other projections than those before it (another shape, or rows "
-                "refreshed for one "
-                "layer), and VeRA knows one A and one B; use format='lora'."
+                "refreshed for "
+                "one layer), and VeRA knows one A and one B; use format='lora'."
             )
-        shared = (A, B)
+        shared = [A, B]
         tensors[f"base_model.model.{name}.vera_lambda_d"] = d
         tensors[f"base_model.model.{name}.vera_lambda_b"] = b
-    assert shared is not None
-    # Note [Two names for saved projections]: PEFT 0.21 reads base_model.vera_A; 0.19 and 0.20 ignore that
-    # name in silence and read base_model.vera_A.default. Both are written.
-    for side, projection in zip("AB", shared, strict=True):
+    for side, projection in zip("AB", shared, strict=True):  # see Note [Two names for saved projections]
         tensors[f"base_model.vera_{side}"] = projection
         tensors[f"base_model.vera_{side}.default"] = projection.clone()
-    rank = len(d)
+    rank = shared[0].shape[0]
     return tensors, {"peft_type": "VERA", "r": rank, "save_projection": True, "projection_prng_key": 0}
 
 
@@ -119,26 +137,25 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and torch.equal(one, two)
 
 
-def _factors(name: str, module: AdaptedModule) -> tuple[Tensor, ...]:
+def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[Tensor, ...]:
     """float32 A, B, d, b of a module that PEFT can say exactly."""
-    kind = module.original_class
-    if isinstance(module, nn.MultiheadAttention) or (name.endswith("out_proj") and kind is not nn.Linear):
+    kind = layer["kind"]
+    if layer["parts"][0][0] != "weight" or kind == "NonDynamicallyQuantizableLinear":
         raise ValueError(
-            f"module {name!r} ({kind.__name__}) is fused attention, which PEFT's format lacks; {USE_MERGE}."
+            f"module {name!r} ({kind}) is fused attention, which PEFT's format lacks; {USE_MERGE}."
         )
-    if kind in PLAIN_CONVOLUTIONS:
-        if module.groups != 1 or set(module.dilation) != {1} or module.padding_mode != "zeros":  # type: ignore[arg-type]
-            raise ValueError(
-                f"module {name!r} is a grouped, dilated or non-zero-padded convolution, which PEFT's LoRA "
-                "does not compute "
-                f"exactly; {USE_MERGE}."
-            )
-    elif not has_plain_forward(kind):
+    if not layer["product"]:
         raise ValueError(
-            f"module {name!r} ({kind.__name__}) computes more than a product, PEFT would not; {USE_MERGE}."
+            f"module {name!r} ({kind}) computes more than a product, PEFT would not; {USE_MERGE}."
         )
-    (part,) = module.adapted_parts
-    return tuple(t.detach().float() for t in module._uora_tensors(part.n))
+    if not layer["direct"]:
+        raise ValueError(
+            f"module {name!r} is a grouped, dilated or non-zero-padded convolution, which PEFT's LoRA does "
+            "not "
+            f"compute exactly; {USE_MERGE}."
+        )
+    tensors = module._uora_tensors(module.adapted_parts[0].n)
+    return tuple(t.detach().float() for t in tensors)
 
 
 def _heads(model: nn.Module, adapters: dict[str, AdaptedModule]) -> list[str]:

@@ -363,6 +363,24 @@ def has_plain_forward(cls: type[nn.Module]) -> bool:
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedModule]] = {}
 
 
+def facts(module: AdaptedModule) -> dict[str, Any]:
+    """What an export or a merge has to know of an adapted module besides its numbers, as plain data."""
+    cls = module.original_class
+    convolution = cls in CONVOLUTIONS
+    direct = not convolution or (
+        module.groups == 1
+        and set(cast("tuple[int]", module.dilation)) == {1}
+        and module.padding_mode == "zeros"
+    )
+    return {
+        "kind": cls.__name__,
+        "product": has_plain_forward(cls) or convolution,  # nothing but a product with the weight
+        "direct": direct,  # for convolutions: ungrouped, undilated, padded with zeros
+        "kernel": list(cast(Tensor, module._parameters["weight"]).shape[2:]) if convolution else [],
+        "parts": [[p.name, p.row, p.m, p.n, p.transposed] for p in module.adapted_parts],
+    }
+
+
 def _adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[AdaptedModule]:
     """The specialised subclass of ``cls``, one for each class and set of adapted parameters."""
     if (cls, names) not in _CLASSES:

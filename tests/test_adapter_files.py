@@ -7,6 +7,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -237,3 +241,30 @@ def test_trained_heads_and_biases_and_moved_statistics_come_back(tmp_path):
     for name in ("head.weight", "body.1.bias", "body.1.running_mean", "body.1.num_batches_tracked"):
         assert torch.equal(twin.state_dict()[name], model.state_dict()[name]), name
     assert not torch.equal(twin.body[1].running_mean, copy.deepcopy(base()).body[1].running_mean)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lightning_uora import checkpoint
+from tests.test_adapter_files import trained
+
+def half(tensors, path):
+    Path(path).write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = half
+checkpoint.save_adapter(trained(seed=1), sys.argv[1])
+"""
+
+
+def test_a_process_killed_while_saving_leaves_the_old_adapter_loadable(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, check=False)
+    assert done.returncode == -signal.SIGKILL
+    twin = base()
+    load_adapter(twin, tmp_path)
+    assert torch.equal(twin.body[0].uora_b, model.body[0].uora_b)
+    save_adapter(model, tmp_path)

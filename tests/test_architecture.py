@@ -19,6 +19,7 @@ FLOORS = {
     "checkpoint": 5,
     "interop": 6,
     "callback": 7,
+    "cli": 7,
 }
 PACKAGE = Path(lightning_uora.__file__).parent
 

@@ -75,3 +75,10 @@ def test_refresh_benchmark_runs_in_a_small_form(monkeypatch, capsys):
     runpy.run_path(str(ROOT / "benchmarks/refresh.py"), run_name="__main__")
     torch.set_num_threads(threads)
     assert capsys.readouterr().out.count("training steps of batch 4") == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_benchmark_runs_in_a_small_form(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["files.py", "--quick"])
+    runpy.run_path(str(ROOT / "benchmarks/files.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("kB |") == 2

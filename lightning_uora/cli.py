@@ -1,0 +1,145 @@
+"""The ``uora`` command: look at, merge and export what was saved, without the code of the model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_uora.checkpoint import (
+    detached_state,
+    load_from_checkpoint,
+    merge_state,
+    read,
+    read_checkpoint,
+    save_checkpoint,
+    skeleton,
+)
+from lightning_uora.injection import named_adapters
+from lightning_uora.interop import write_peft
+from lightning_uora.projection import OWNER
+
+EXAMPLES = """examples:
+  uora show adapter/                                   what a folder or a checkpoint holds
+  uora merge last.ckpt plain.ckpt                      a checkpoint that plain load_from_checkpoint reads
+  uora merge small.ckpt plain.ckpt --class my.module:Classifier     from checkpoint="adapter"
+  uora export last.ckpt peft/ --format lora            a folder for peft.PeftModel.from_pretrained
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when it worked, 2 with one line on standard error when it did not."""
+    parser = argparse.ArgumentParser(
+        prog="uora",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what a checkpoint or an adapter folder holds")
+    show.add_argument("source", type=Path, metavar="FILE_OR_DIR")
+    merge = commands.add_parser("merge", help="a plain checkpoint with the adapters in the weights")
+    merge.add_argument("source", type=Path, metavar="CKPT")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    merge.add_argument(
+        "--class", dest="module_class", metavar="MODULE:CLASS", help="for adapter-only checkpoints"
+    )
+    export = commands.add_parser("export", help="a PEFT folder")
+    export.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--format", choices=["lora", "vera"], default="lora")
+    export.add_argument(
+        "--base-model", metavar="NAME", help="base_model_name_or_path in the PEFT configuration"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        {"show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
+    except (ValueError, OSError, ImportError, AttributeError) as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"uora: {message}")
+        return 2
+    return 0
+
+
+def _open(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Manifest, tensors and the checkpoint itself (empty for a folder)."""
+    if source.is_dir():
+        return *read(source), {}
+    checkpoint = read_checkpoint(source)
+    return checkpoint["uora"], checkpoint["state_dict"], checkpoint
+
+
+def _show(chosen: argparse.Namespace) -> None:
+    manifest, tensors, _ = _open(chosen.source)
+    table = Table(title=str(chosen.source), show_header=False)
+    config = ", ".join(f"{name}={value!r}" for name, value in manifest["config"].items())
+    table.add_row("configuration", config)
+    table.add_row("adapted modules", f"{len(manifest['adapted'])}: {', '.join(manifest['adapted'][:3])}, ...")
+    record = manifest["record"]
+    rows = sum(len(chosen) for entry in record for chosen in entry["rows"].values())
+    table.add_row("refreshes", f"{len(record)}, {rows:,} rows and columns")
+    for title, count in _bytes(tensors).items():
+        table.add_row(title, f"{count:,} bytes")
+    Console().print(table)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    sizes = {"vectors": 0, "A and B": 0, "record": 0, "everything else": 0}
+    for name, tensor in tensors.items():
+        if name.endswith((".uora_d", ".uora_b")) or name in ("uora_d", "uora_b"):
+            kind = "vectors"
+        elif OWNER in name:
+            kind = "record" if name.endswith(".record") else "A and B"
+        else:
+            kind = "everything else"
+        sizes[kind] += tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def _merge(chosen: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(chosen.source)
+    manifest = checkpoint["uora"]
+    if manifest["kind"] == "full":
+        state = merge_state(manifest, checkpoint["state_dict"])
+    elif chosen.module_class is None:
+        raise ValueError(
+            f"{chosen.source} holds adapters without their base; name the class that builds it: --class "
+            "MODULE:CLASS."
+        )
+    else:
+        module, _, name = chosen.module_class.partition(":")
+        cls = getattr(importlib.import_module(module), name)
+        state = detached_state(load_from_checkpoint(cls, chosen.source))
+    keep = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "loops")
+    save_checkpoint(
+        {**{key: checkpoint[key] for key in keep if key in checkpoint}, "state_dict": state}, chosen.out
+    )
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    manifest, tensors, _ = _open(chosen.source)
+    prefix = f"{manifest['root']}." if manifest.get("root") else ""
+    inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    model = skeleton(manifest, inner)
+    adapters, heads = (
+        dict(named_adapters(model)),
+        list(dict.fromkeys(n.rpartition(".")[0] for n in manifest["trained"])),
+    )
+    both = [name for name in heads if name in adapters]
+    if both:
+        raise ValueError(
+            f"module {both[0]!r} is adapted and its bias was trained; PEFT has no place for that."
+        )
+    trained = {name: inner[name] for name in manifest["trained"]}
+    write_peft(adapters, manifest["layers"], heads, trained, chosen.out, chosen.format, chosen.base_model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

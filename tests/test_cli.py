@@ -1,0 +1,137 @@
+"""The command: what it shows, merges and exports equals what the model computes; errors are one line and exit
+2.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lightning_uora import ReinitSchedule, load_from_checkpoint, save_adapter
+from lightning_uora.cli import main
+from tests.toys import Toy, callback, data, trainer
+
+PRINT_TOY = """
+import sys, torch
+from tests.toys import Toy
+assert not any(name.startswith("lightning_uora") for name in ()), sys.modules
+module = Toy.load_from_checkpoint(sys.argv[1], weights_only=True).eval()
+torch.save(module(torch.linspace(-1, 1, 18).reshape(3, 6)), sys.argv[2])
+"""
+
+
+def checkpoint(tmp_path, kind: str):
+    torch.manual_seed(4)
+    base = Toy()
+    model = copy.deepcopy(base)
+    schedule = ReinitSchedule(threshold=2.0, start=0.0, stop=1.0, every_n_steps=3)
+    run = trainer(callback(reinit=schedule, checkpoint=kind))
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / f"{kind}.ckpt")
+    return base, model, tmp_path / f"{kind}.ckpt"
+
+
+def test_merged_checkpoint_is_read_by_the_plain_class(tmp_path):
+    _, model, path = checkpoint(tmp_path, "full")
+    assert main(["merge", str(path), str(tmp_path / "plain.ckpt")]) == 0
+    plain = Toy.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    assert type(plain.body[0]) is nn.Linear
+    assert not any("uora" in key for key in plain.state_dict())
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(plain.eval()(x), model.eval()(x))
+    assert not any("uora" in key for key in torch.load(tmp_path / "plain.ckpt", weights_only=True))
+
+
+def test_an_adapter_checkpoint_is_merged_through_its_class(tmp_path, capsys):
+    _, model, path = checkpoint(tmp_path, "adapter")
+    assert main(["merge", str(path), str(tmp_path / "plain.ckpt")]) == 2
+    assert "name the class that builds it: --class" in capsys.readouterr().err
+    torch.manual_seed(4)
+    options = ["--class", "tests.toys:Toy"]
+    assert main(["merge", str(path), str(tmp_path / "plain.ckpt"), *options]) == 0
+    plain = Toy.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(plain.eval()(x), model.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["full", "adapter", "folder", "full folder"])
+def test_export_needs_no_model(tmp_path, source: str):
+    base, model, path = checkpoint(tmp_path, "adapter" if source == "adapter" else "full")
+    if "folder" in source:
+        save_adapter(model, tmp_path / "folder", "full" if source == "full folder" else "record")
+        path = tmp_path / "folder"
+    assert main(["export", str(path), str(tmp_path / "peft"), "--base-model", "mine"]) == 0
+    loaded = peft.PeftModel.from_pretrained(nn.ModuleDict(dict(base.named_children())), tmp_path / "peft")
+    assert loaded.peft_config["default"].base_model_name_or_path == "mine"
+    x = torch.randn(5, 6)
+    inner = loaded.base_model.model
+    torch.testing.assert_close(inner["head"](inner["body"](x)), model.eval()(x), atol=1e-5, rtol=1e-4)
+
+
+def test_show_tells_what_is_there(tmp_path, capsys):
+    _, model, path = checkpoint(tmp_path, "full")
+    save_adapter(model, tmp_path / "folder")
+    for source in (path, tmp_path / "folder"):
+        assert main(["show", str(source)]) == 0
+        out = capsys.readouterr().out
+        assert "rank=4" in out
+        assert "2: body.0, body.2" in out
+        assert "3, 12 rows and columns" in out
+        assert "80 bytes" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "/does/not/exist.ckpt"], "No such file"),
+        (["show", "{tmp}"], "holds no uora_config.json"),
+        (["merge", "{tmp}/broken.ckpt", "{tmp}/out"], "is damaged or not a checkpoint"),
+        (["merge", "{tmp}/plain.ckpt", "{tmp}/out"], "was not made with UORACallback"),
+        (["export", "{tmp}/full.ckpt", "{tmp}/out", "--format", "vera"], "has other projections"),
+        (["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "no.such:Thing"], "No module named 'no'"),
+        (
+            ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys:Thing"],
+            "has no attribute 'Thing'",
+        ),
+        (["merge", "{tmp}/full.ckpt", "{tmp}/no/such/folder/out"], "No such file"),
+    ],
+)
+def test_errors_are_one_line_and_exit_two(tmp_path, capsys, arguments, message: str):
+    checkpoint(tmp_path, "full")
+    checkpoint(tmp_path, "adapter")
+    (tmp_path / "broken.ckpt").write_bytes(b"broken")
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    capsys.readouterr()
+    assert main([a.format(tmp=tmp_path) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_examples_and_wrong_usage_exits_two():
+    for arguments, code in ((["--help"], 0), ([], 2), (["merge"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_uora.cli", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert code or "uora merge last.ckpt plain.ckpt" in done.stdout
+
+
+def test_a_merged_half_precision_checkpoint_is_rounded_once(tmp_path):
+    _, _, path = checkpoint(tmp_path, "full")
+    loaded = load_from_checkpoint(Toy, path)
+    main(["merge", str(path), str(tmp_path / "plain.ckpt")])
+    merged = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]["body.0.weight"]
+    torch.testing.assert_close(merged, loaded.body[0].weight.detach())

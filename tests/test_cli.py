@@ -11,19 +11,23 @@ import sys
 import peft
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lightning_uora import ReinitSchedule, load_from_checkpoint, save_adapter
+from lightning_uora import (
+    ReinitSchedule,
+    UORAConfig,
+    attach_uora,
+    detach_uora,
+    load_from_checkpoint,
+    named_adapters,
+    refresh,
+    save_adapter,
+)
+from lightning_uora.checkpoint import CheckpointHooks
 from lightning_uora.cli import main
 from tests.toys import Toy, callback, data, trainer
-
-PRINT_TOY = """
-import sys, torch
-from tests.toys import Toy
-assert not any(name.startswith("lightning_uora") for name in ()), sys.modules
-module = Toy.load_from_checkpoint(sys.argv[1], weights_only=True).eval()
-torch.save(module(torch.linspace(-1, 1, 18).reshape(3, 6)), sys.argv[2])
-"""
 
 
 def checkpoint(tmp_path, kind: str):
@@ -135,3 +139,55 @@ def test_a_merged_half_precision_checkpoint_is_rounded_once(tmp_path):
     main(["merge", str(path), str(tmp_path / "plain.ckpt")])
     merged = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]["body.0.weight"]
     torch.testing.assert_close(merged, loaded.body[0].weight.detach())
+
+
+class Zoo(LightningModule):
+    """Every kind of layer that can be adapted, under a part of the module."""
+
+    def __init__(self):
+        super().__init__()
+        layers = {
+            "conv": nn.Conv2d(3, 4, 3, groups=1, stride=2),
+            "grouped": nn.Conv2d(4, 4, 3, groups=2, padding=1),
+        }
+        attention = {
+            "same": nn.MultiheadAttention(4, 2),
+            "apart": nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+        }
+        self.net = nn.ModuleDict({**layers, **attention, "turned": Conv1D(3, 4), "linear": nn.Linear(3, 2)})
+
+    def forward(self, x):
+        h = self.net["grouped"](self.net["conv"](x)).flatten(2).permute(2, 0, 1)
+        h = self.net["same"](h, h, h)[0]
+        h = self.net["apart"](h, h[..., :3], torch.cat([h, h[..., :1]], -1))[0]
+        return self.net["linear"](self.net["turned"](h))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kind_of_layer_is_merged_as_detaching_would(tmp_path, inner: bool, dtype):
+    """From the state dict alone, also where ``attach_uora`` was called on a part of the module."""
+    torch.manual_seed(2)
+    module = Zoo().to(dtype)
+    root = module.net if inner else module
+    attach_uora(root, UORAConfig(rank=3, target_modules="all", trainable_modules=()))
+    for _, adapted in named_adapters(module):
+        nn.init.normal_(adapted.uora_b)
+    refresh(root, ReinitSchedule(threshold=9.0, max_fraction=0.4))
+    hooks = CheckpointHooks(module, "full")
+    checkpoint = {
+        "state_dict": module.state_dict(),
+        "pytorch-lightning_version": "2.6.0",
+        "epoch": 0,
+        "global_step": 0,
+    }
+    hooks.save(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    assert main(["merge", str(tmp_path / "a.ckpt"), str(tmp_path / "plain.ckpt")]) == 0
+    detach_uora(root, merge=True)
+    merged = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
+    assert list(merged) == list(module.state_dict())
+    assert all(torch.equal(merged[k], v) for k, v in module.state_dict().items())
+    plain = Zoo.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True).to(dtype)
+    x = torch.randn(1, 3, 8, 8, dtype=dtype)
+    assert torch.equal(plain(x), module(x))

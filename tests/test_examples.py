@@ -81,4 +81,4 @@ def test_refresh_benchmark_runs_in_a_small_form(monkeypatch, capsys):
 def test_files_benchmark_runs_in_a_small_form(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["files.py", "--quick"])
     runpy.run_path(str(ROOT / "benchmarks/files.py"), run_name="__main__")
-    assert capsys.readouterr().out.count("kB |") == 2
+    assert capsys.readouterr().out.count("kB |") == 12

@@ -1,7 +1,7 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback`` · ``checkpoint``, ``report`` · ``injection``, ``refresh``
-· ``layers``, ``targets`` · ``projection`` · ``functional``, ``config``.
+Floors, each importing only from below: ``callback``, ``cli`` · ``interop`` · ``checkpoint``, ``report`` ·
+``injection``, ``refresh`` · ``layers``, ``targets`` · ``projection`` · ``functional``, ``config``.
 """
 
 from lightning_uora.callback import UORACallback

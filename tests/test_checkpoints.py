@@ -165,7 +165,9 @@ def test_a_faulty_adapter_checkpoint_is_an_error_and_nothing_is_half_loaded(tmp_
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         trainer(uora("adapter")).fit(model, data(), ckpt_path=path)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
 def test_another_base_can_be_accepted_by_an_explicit_option(tmp_path):

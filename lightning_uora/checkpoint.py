@@ -98,6 +98,9 @@ def write_folder(
         new_tensors, new_config = Path(temporary) / tensor_file, Path(temporary) / config_file
         save_file(tensors, new_tensors)
         new_config.write_text(json.dumps(config(new_tensors), indent=1))
+        new_tensors.chmod(
+            new_config.stat().st_mode
+        )  # safetensors writes for the owner alone, whatever the umask
         new_tensors.replace(folder / tensor_file)
         new_config.replace(folder / config_file)
 

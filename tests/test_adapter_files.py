@@ -80,6 +80,7 @@ def test_save_and_load_is_the_identity(tmp_path, projections: str, share: str):
     model = trained(share=share)
     save_adapter(model, tmp_path, projections)
     assert sorted(p.name for p in tmp_path.iterdir()) == [TENSOR_FILE, CONFIG_FILE]
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # as the umask says, both
     twin = base()
     assert load_adapter(twin, tmp_path) == [name for name, _ in named_adapters(model)]
     state, state_again = model.state_dict(), twin.state_dict()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_uora.config import UORAConfig
-from lightning_uora.injection import attach_uora, detach_uora, named_adapters
+from lightning_uora.injection import attach_uora, detach_uora, is_adapted, named_adapters
 from lightning_uora.layers import facts
 from lightning_uora.projection import OWNER, projections_of
 from lightning_uora.refresh import rebuild
@@ -365,6 +365,12 @@ class CheckpointHooks:
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Add the manifest; drop what can be rebuilt from an ``"adapter"`` checkpoint."""
+        if is_adapted(self.module):  # it may have been merged and detached since
+            self._describe_and_drop(checkpoint)
+        own: Any = type(self.module)
+        own.on_save_checkpoint(self.module, checkpoint)
+
+    def _describe_and_drop(self, checkpoint: dict[str, Any]) -> None:
         path, root = find_root(self.module)
         prefix = f"{path}." if path else ""
         manifest = describe(root, base=self.kind == "adapter")
@@ -375,8 +381,6 @@ class CheckpointHooks:
             owner = f"{prefix}{OWNER}."
             kept = {k: v for k, v in state if k not in dropped and not k.startswith(owner)}
             checkpoint["state_dict"] = kept
-        own: Any = type(self.module)
-        own.on_save_checkpoint(self.module, checkpoint)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Complete the checkpoint's state dict with what it left to this module.
@@ -385,6 +389,12 @@ class CheckpointHooks:
             ValueError: Another configuration, architecture or base; missing or unexpected keys; other
             projections.
         """
+        if is_adapted(self.module):
+            self._complete(checkpoint)
+        own: Any = type(self.module)
+        own.on_load_checkpoint(self.module, checkpoint)
+
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
         path, root = find_root(self.module)
         prefix = f"{path}." if path else ""
         manifest, state = checkpoint.get("uora"), dict(checkpoint["state_dict"])
@@ -397,8 +407,6 @@ class CheckpointHooks:
             if manifest["kind"] == "adapter":
                 state = self._completed(root, prefix, manifest, state)
         checkpoint["state_dict"] = state
-        own: Any = type(self.module)
-        own.on_load_checkpoint(self.module, checkpoint)
 
     def _completed(
         self, root: nn.Module, prefix: str, manifest: dict[str, Any], state: dict[str, Any]

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_uora import ReinitSchedule, UORACallback, load_from_checkpoint, named_adapters
+from lightning_uora import ReinitSchedule, UORACallback, detach_uora, load_from_checkpoint, named_adapters
 from tests.toys import BUILT, BuiltInConfigureModel, Toy, callback, data, equal_batches, trainer
 
 KINDS = ["full", "adapter"]
@@ -220,6 +220,19 @@ def test_the_modules_own_hooks_still_run_and_the_module_copies_and_pickles(tmp_p
     trainer(uora("full")).fit(plain, data())
     again = pickle.loads(pickle.dumps(plain))
     assert same_state(again, plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_module_saves_and_loads_plain_checkpoints(tmp_path, kind: str):
+    model, run = made(), trainer(uora(kind))
+    run.fit(model, data())
+    x = torch.randn(5, 6)
+    expected = model.eval()(x)
+    detach_uora(model, merge=True)
+    run.save_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    assert "uora" not in torch.load(tmp_path / "plain.ckpt", weights_only=True)
+    plain = Normed.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    torch.testing.assert_close(plain.eval()(x), expected)
 
 
 def test_wrong_kind_is_refused():

@@ -1,11 +1,13 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback``, ``cli`` · ``interop`` · ``checkpoint``, ``report`` ·
-``injection``, ``refresh`` · ``layers``, ``targets`` · ``projection`` · ``functional``, ``config``.
+Floors, each importing only from below: ``callback``, ``cli`` · ``interop`` · ``adapter_files``,
+``checkpoint`` · ``manifest``, ``report`` · ``injection``, ``refresh`` · ``targets`` · ``layers`` ·
+``projection`` · ``functional``, ``rotation``, ``config``.
 """
 
+from lightning_uora.adapter_files import load_adapter, save_adapter
 from lightning_uora.callback import UORACallback
-from lightning_uora.checkpoint import load_adapter, load_from_checkpoint, save_adapter
+from lightning_uora.checkpoint import load_from_checkpoint
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters
 from lightning_uora.interop import export_peft

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_uora.adapter_files import read
 from lightning_uora.checkpoint import (
     detached_state,
     load_from_checkpoint,
     merge_state,
-    read,
     read_checkpoint,
     save_checkpoint,
     skeleton,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.checkpoint import write_folder
+from lightning_uora.adapter_files import write_folder
 from lightning_uora.injection import named_adapters
 from lightning_uora.layers import AdaptedModule, facts
 

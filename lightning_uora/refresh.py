@@ -1,7 +1,7 @@
 """The refresh: which rows are weak, what replaces them, and the record from which A and B can be rebuilt.
 
 Three parts that know nothing of each other's insides: *which* (:func:`weakest`, scores against a threshold),
-*how* (:func:`turned_rows`, a rotation towards fresh directions), *when* (:class:`Refresher`, steps).
+*how* (``rotation``), *when* (:class:`Refresher`, steps).
 :func:`refresh` joins the first two; the callback drives the third.
 """
 
@@ -21,8 +21,9 @@ from lightning_uora.config import ReinitSchedule
 from lightning_uora.functional import one_thread
 from lightning_uora.layers import AdaptedModule, adapted_modules
 from lightning_uora.projection import Projections, projections_of, seeded_generator
+from lightning_uora.rotation import basis, cosine, turned_rows, unit_rows, without
 
-__all__ = ["Refresher", "gradients_collected", "rebuild", "refresh", "turned_rows", "weakest"]
+__all__ = ["Refresher", "gradients_collected", "rebuild", "refresh", "weakest"]
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -117,87 +118,6 @@ def weakest(scores: Iterable[Tensor], schedule: ReinitSchedule) -> list[int]:
     else:
         weak = [i for i in order if highest[i] < schedule.threshold]
     return sorted(weak[: math.floor(schedule.max_fraction * len(order))])
-
-
-def turned_rows(
-    rows: Tensor,
-    chosen: Sequence[int],
-    interpolation: float,
-    generator: torch.Generator,
-    pool: int = 0,
-    picked: Sequence[int] | None = None,
-) -> Tensor:
-    """New values of the chosen rows: ``cos θ a + sin θ |a| R`` at the old norm, R fresh unit rows.
-
-    R is orthogonal to every row, and the new rows to all others, where rows + chosen fit into the dimension;
-    else R is orthogonal to its own row and, as far as there is room, to the rows that stay. Rows beyond the
-    dimension are taken in the blocks in which they were drawn.
-
-    Args:
-        rows: The projection's rows.
-        chosen: Ascending indices of those to turn.
-        interpolation: λ; ``tan θ = λ / (1 - λ)``.
-        generator: Source of R.
-        pool: Draw that many directions and use those of ``picked``; 0: as many as are needed.
-        picked: Indices into the pool, one for each chosen row.
-
-    Shape:
-        - ``rows``: (k, n), float32, on the CPU. Returns (len(chosen), n).
-
-    Source: METHOD decision 3, *ours*.
-    """
-    n = rows.shape[1]
-    new = rows[list(chosen)].clone()
-    if n < 2:
-        return new
-    drawn = torch.randn(max(pool, len(chosen)), n, generator=generator, dtype=rows.dtype)
-    drawn = drawn[list(picked)] if picked is not None else drawn[: len(chosen)]
-    angle = math.atan2(interpolation, 1.0 - interpolation)
-    for start in range(0, rows.shape[0], n):
-        here = [k for k, i in enumerate(chosen) if start <= i < start + n]
-        if not here:
-            continue
-        block, local = rows[start : start + n], [chosen[k] - start for k in here]
-        old = block[local]
-        norm = old.norm(dim=1, keepdim=True)
-        turned = math.cos(angle) * old + math.sin(angle) * norm * _fresh(block, local, drawn[here])
-        new[here] = turned * (norm / turned.norm(dim=1, keepdim=True))
-    return new
-
-
-def _fresh(block: Tensor, local: list[int], drawn: Tensor) -> Tensor:
-    """Unit rows made of ``drawn``, as orthogonal to ``block`` as its dimension allows."""
-    k, n = block.shape
-    if k + len(local) <= n:
-        R = _without(drawn, _basis(block))
-        Q, triangle = torch.linalg.qr(R.t())
-        unit: Tensor = (Q * triangle.diagonal().sign()).t()
-        return unit
-    stay = [i for i in range(k) if i not in set(local)]
-    own = _unit(block[local])
-    R = _without(drawn, _basis(block[stay])) if stay else drawn
-    R = R - (R * own).sum(1, keepdim=True) * own
-    lost = R.norm(dim=1, keepdim=True) < 1e-3 * drawn.norm(dim=1, keepdim=True)
-    R = torch.where(lost, drawn - (drawn * own).sum(1, keepdim=True) * own, R)
-    return _unit(R)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
-    return unit
-
-
-def _basis(rows: Tensor) -> Tensor:
-    """Orthonormal columns that span ``rows``, at most n of them."""
-    basis: Tensor = torch.linalg.qr(rows.t())[0]
-    return basis
-
-
-def _without(rows: Tensor, basis: Tensor) -> Tensor:
-    """``rows`` less their parts in ``basis``; twice, because once leaves rounding behind."""
-    for _ in range(2):
-        rows = rows - (rows @ basis) @ basis.t()
-    return rows
 
 
 def _refresh(
@@ -343,7 +263,7 @@ def _settle(
     plan: list[tuple[Slot, list[int]]], schedule: ReinitSchedule, optimizers: list[Optimizer]
 ) -> None:
     """Scale refreshed entries (Note [What becomes of d]) and clear their first moments."""
-    cosine = math.cos(math.atan2(schedule.interpolation, 1.0 - schedule.interpolation))
+    factor = cosine(schedule.interpolation)
     touched: dict[tuple[nn.Parameter, str], set[int]] = {}
     for slot, chosen in plan:
         for layer in slot.layers:
@@ -352,7 +272,7 @@ def _settle(
     for (parameter, _), indices in touched.items():
         where = sorted(indices)
         if schedule.preserve_function:
-            parameter[where] *= cosine
+            parameter[where] *= factor
         if schedule.reset_optimizer_state:
             for optimizer in optimizers:
                 for key in FIRST_MOMENTS:
@@ -393,8 +313,8 @@ def _candidates(owner: Projections, slot: Slot, number: int, pool: int) -> Tenso
     with one_thread():
         drawn = torch.randn(pool, rows.shape[1], generator=generator)
         if rows.shape[0] < rows.shape[1]:
-            drawn = _without(drawn, _basis(rows))
-    return _unit(drawn)
+            drawn = without(drawn, basis(rows))
+    return unit_rows(drawn)
 
 
 def _optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

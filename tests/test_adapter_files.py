@@ -26,7 +26,7 @@ from lightning_uora import (
     refresh,
     save_adapter,
 )
-from lightning_uora.checkpoint import CONFIG_FILE, TENSOR_FILE
+from lightning_uora.adapter_files import CONFIG_FILE, TENSOR_FILE
 
 
 class Net(nn.Module):
@@ -205,7 +205,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
-    from lightning_uora import checkpoint
+    from lightning_uora import adapter_files
 
     model = trained()
     save_adapter(model, tmp_path)
@@ -215,7 +215,7 @@ def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(adapter_files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(trained(seed=1), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
@@ -247,15 +247,15 @@ def test_trained_heads_and_biases_and_moved_statistics_come_back(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lightning_uora import checkpoint
+from lightning_uora import adapter_files
 from tests.test_adapter_files import trained
 
 def half(tensors, path):
     Path(path).write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save_file = half
-checkpoint.save_adapter(trained(seed=1), sys.argv[1])
+adapter_files.save_file = half
+adapter_files.save_adapter(trained(seed=1), sys.argv[1])
 """
 
 

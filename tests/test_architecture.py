@@ -10,16 +10,19 @@ import lightning_uora
 FLOORS = {
     "functional": 0,
     "config": 0,
+    "rotation": 0,
     "projection": 1,
     "layers": 2,
     "targets": 3,
     "injection": 4,
     "refresh": 4,
     "report": 5,
-    "checkpoint": 5,
-    "interop": 6,
-    "callback": 7,
-    "cli": 7,
+    "manifest": 5,
+    "adapter_files": 6,
+    "checkpoint": 6,
+    "interop": 7,
+    "callback": 8,
+    "cli": 8,
 }
 PACKAGE = Path(lightning_uora.__file__).parent
 

@@ -14,7 +14,8 @@ from torch import nn
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, rebuild, refresh
 from lightning_uora.functional import draw_down
 from lightning_uora.projection import seeded_generator
-from lightning_uora.refresh import Refresher, gradients_collected, turned_rows, weakest
+from lightning_uora.refresh import Refresher, gradients_collected, weakest
+from lightning_uora.rotation import turned_rows
 
 ALL = ReinitSchedule(threshold=1e9, threshold_mode="absolute", max_fraction=1.0)
 

@@ -1,0 +1,98 @@
+"""How rows turn: a rotation towards fresh directions, at unchanged norm, orthogonal where there is room."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["basis", "cosine", "turned_rows", "unit_rows", "without"]
+
+
+def cosine(interpolation: float) -> float:
+    """Cosine of the angle θ by which a row turns, ``tan θ = λ / (1 - λ)``."""
+    return math.cos(math.atan2(interpolation, 1.0 - interpolation))
+
+
+def turned_rows(
+    rows: Tensor,
+    chosen: Sequence[int],
+    interpolation: float,
+    generator: torch.Generator,
+    pool: int = 0,
+    picked: Sequence[int] | None = None,
+) -> Tensor:
+    """New values of the chosen rows: ``cos θ a + sin θ |a| R`` at the old norm, R fresh unit rows.
+
+    R is orthogonal to every row, and the new rows to all others, where rows + chosen fit into the dimension;
+    else R is orthogonal to its own row and, as far as there is room, to the rows that stay. Rows beyond the
+    dimension are taken in the blocks in which they were drawn.
+
+    Args:
+        rows: The projection's rows.
+        chosen: Ascending indices of those to turn.
+        interpolation: λ; ``tan θ = λ / (1 - λ)``.
+        generator: Source of R.
+        pool: Draw that many directions and use those of ``picked``; 0: as many as are needed.
+        picked: Indices into the pool, one for each chosen row.
+
+    Shape:
+        - ``rows``: (k, n), float32, on the CPU. Returns (len(chosen), n).
+
+    Source: METHOD decision 3, *ours*.
+    """
+    n = rows.shape[1]
+    new = rows[list(chosen)].clone()
+    if n < 2:
+        return new
+    drawn = torch.randn(max(pool, len(chosen)), n, generator=generator, dtype=rows.dtype)
+    drawn = drawn[list(picked)] if picked is not None else drawn[: len(chosen)]
+    angle = math.atan2(interpolation, 1.0 - interpolation)
+    for start in range(0, rows.shape[0], n):
+        here = [k for k, i in enumerate(chosen) if start <= i < start + n]
+        if not here:
+            continue
+        block, local = rows[start : start + n], [chosen[k] - start for k in here]
+        old = block[local]
+        norm = old.norm(dim=1, keepdim=True)
+        turned = math.cos(angle) * old + math.sin(angle) * norm * _fresh(block, local, drawn[here])
+        new[here] = turned * (norm / turned.norm(dim=1, keepdim=True))
+    return new
+
+
+def _fresh(block: Tensor, local: list[int], drawn: Tensor) -> Tensor:
+    """Unit rows made of ``drawn``, as orthogonal to ``block`` as its dimension allows."""
+    k, n = block.shape
+    if k + len(local) <= n:
+        R = without(drawn, basis(block))
+        Q, triangle = torch.linalg.qr(R.t())
+        unit: Tensor = (Q * triangle.diagonal().sign()).t()
+        return unit
+    stay = [i for i in range(k) if i not in set(local)]
+    own = unit_rows(block[local])
+    R = without(drawn, basis(block[stay])) if stay else drawn
+    R = R - (R * own).sum(1, keepdim=True) * own
+    lost = R.norm(dim=1, keepdim=True) < 1e-3 * drawn.norm(dim=1, keepdim=True)
+    R = torch.where(lost, drawn - (drawn * own).sum(1, keepdim=True) * own, R)
+    return unit_rows(R)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """``rows`` at length 1."""
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit
+
+
+def basis(rows: Tensor) -> Tensor:
+    """Orthonormal columns that span ``rows``, at most n of them."""
+    basis: Tensor = torch.linalg.qr(rows.t())[0]
+    return basis
+
+
+def without(rows: Tensor, basis: Tensor) -> Tensor:
+    """``rows`` less their parts in ``basis``; twice, because once leaves rounding behind."""
+    for _ in range(2):
+        rows = rows - (rows @ basis) @ basis.t()
+    return rows

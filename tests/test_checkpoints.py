@@ -235,6 +235,16 @@ def test_a_merged_module_saves_and_loads_plain_checkpoints(tmp_path, kind: str):
     torch.testing.assert_close(plain.eval()(x), expected)
 
 
+def test_only_adapter_checkpoints_pay_for_fingerprints_of_the_base(tmp_path):
+    for kind in KINDS:
+        model, run = made(), trainer(uora(kind))
+        run.fit(model, data())
+        run.save_checkpoint(tmp_path / f"{kind}.ckpt")
+        prints = torch.load(tmp_path / f"{kind}.ckpt", weights_only=True)["uora"]["base"]
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert set(prints) == (frozen if kind == "adapter" else set())
+
+
 def test_wrong_kind_is_refused():
     with pytest.raises(ValueError, match=r"^checkpoint='small' is not allowed"):
         UORACallback(checkpoint="small")

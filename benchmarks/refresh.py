@@ -28,7 +28,8 @@ from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapte
 from lightning_uora.refresh import Refresher
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from vision_timm import digits, small_vit
+from bundled import digits
+from vision_timm import small_vit
 
 RESULTS = Path(__file__).parent / "results"
 EARLY = {"start": 0.03, "stop": 0.2}
@@ -48,12 +49,12 @@ POLICIES: dict[str, tuple[str, ReinitSchedule | None, str]] = {
 }
 
 
-def pretrained(seed: int) -> nn.Module:
-    """The small ViT after 25 epochs on 0-4, with a fresh head."""
+def pretrained(seed: int, epochs: int = 25) -> nn.Module:
+    """The small ViT after some epochs on 0-4, with a fresh head."""
     torch.manual_seed(seed)
     model, data = small_vit(), digits(range(5), moved=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(25):
+    for _ in range(epochs):
         for batch in torch.randperm(len(data)).split(64):
             x, y = (t[batch] for t in data.tensors)
             optimizer.zero_grad()

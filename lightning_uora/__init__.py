@@ -1,15 +1,18 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback``, ``cli`` · ``interop`` · ``adapter_files``,
-``checkpoint`` · ``manifest``, ``report`` · ``injection``, ``refresh`` · ``targets`` · ``layers`` ·
-``projection`` · ``functional``, ``rotation``, ``config``.
+Floors, each importing only from below: ``callback``, ``cli`` · ``companions`` · ``interop``,
+``training_batches``, ``counting`` · ``adapter_files``, ``checkpoint`` · ``manifest``, ``report``,
+``inspection`` · ``injection``, ``refresh``, ``calibration`` · ``targets``, ``observer`` · ``layers`` ·
+``projection``, ``moments``, ``ranks`` · ``functional``, ``rotation``, ``sharding``, ``patches``,
+``untouched``, ``loaders``, ``config``.
 """
 
 from lightning_uora.adapter_files import load_adapter, save_adapter
+from lightning_uora.calibration import calibrate
 from lightning_uora.callback import UORACallback
 from lightning_uora.checkpoint import load_from_checkpoint
 from lightning_uora.config import ReinitSchedule, UORAConfig
-from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters
+from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters, param_groups
 from lightning_uora.interop import export_peft
 from lightning_uora.refresh import rebuild, refresh
 from lightning_uora.report import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
@@ -24,11 +27,13 @@ __all__ = [
     "UORAConfig",
     "adapters_disabled",
     "attach_uora",
+    "calibrate",
     "detach_uora",
     "export_peft",
     "load_adapter",
     "load_from_checkpoint",
     "named_adapters",
+    "param_groups",
     "plot_refreshes",
     "plot_vectors",
     "rebuild",

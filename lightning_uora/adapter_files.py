@@ -14,8 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_uora.injection import attach_uora, detach_uora
-from lightning_uora.manifest import Mismatch, adapter_state, check_manifest, config_of, describe, restore
+from lightning_uora.manifest import (
+    Mismatch,
+    adapter_state,
+    check_manifest,
+    check_vectors,
+    config_of,
+    describe,
+    restore,
+)
 from lightning_uora.projection import OWNER, projections_of
+from lightning_uora.ranks import first_rank
+from lightning_uora.sharding import is_sharded, whole
 
 __all__ = ["load_adapter", "read", "save_adapter", "write_folder"]
 
@@ -31,24 +41,28 @@ def save_adapter(
     """Write an adapter as ``uora_config.json`` and ``uora_adapter.safetensors``.
 
     Both are written under temporary names and renamed when complete: a crash or a full disk leaves the old
-    files.
+    files. If the model is sharded every rank must call this, and the first one writes.
 
     Args:
         model: The root that was given to ``attach_uora``.
         directory: Made if it does not exist.
-        projections: ``"record"`` stores how A and B came about, a few bytes; ``"full"`` stores them.
+        projections: ``"record"`` stores how A and B came about, a few bytes (and, with ``init="inputs"``, A
+            in float16, which is exact); ``"full"`` stores them.
 
     Raises:
-        ValueError: The model is not adapted, or ``projections`` is neither of the two.
+        ValueError: The model is not adapted or not calibrated, or ``projections`` is neither of the two.
         OSError: The directory cannot be written.
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
+    owner = projections_of(model)
+    owner.require_calibrated("saving an adapter")
     manifest = describe(model)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter_state(model).items()}
-    if projections == "full":
-        owner = projections_of(model)
-        tensors |= {f"{OWNER}.{name}": b.detach().cpu().contiguous() for name, b in owner.named_buffers()}
+    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in adapter_state(model).items()}
+    if is_sharded(model) and not first_rank():
+        return
+    given = dict(owner.named_buffers()) if projections == "full" else owner.stored()
+    tensors |= {f"{OWNER}.{name}": b.detach().cpu().contiguous() for name, b in given.items()}
     write_folder(
         directory, TENSOR_FILE, tensors, CONFIG_FILE, lambda path: {**manifest, "sha256": _sha256(path)}
     )
@@ -119,7 +133,7 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
     try:
         manifest = json.loads((folder / CONFIG_FILE).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     check_manifest(manifest, str(folder / CONFIG_FILE))
     if manifest.get("sha256") != _sha256(folder / TENSOR_FILE):
@@ -128,9 +142,11 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "copy both from one save."
         )
     try:
-        return manifest, load_file(folder / TENSOR_FILE)
+        tensors = load_file(folder / TENSOR_FILE)
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSOR_FILE} is damaged: {error}") from error
+    check_vectors(manifest, tensors, str(folder / TENSOR_FILE))
+    return manifest, tensors
 
 
 def _sha256(path: Path) -> str:

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
-import lightning.pytorch.callbacks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_uora.calibration import calibrate_with, inputs_observed
 from lightning_uora.checkpoint import CheckpointHooks
+from lightning_uora.companions import (
+    accept_part_of_the_weights,
+    built_later,
+    refuse_averaging,
+    refuse_finetuning,
+    refuse_flattening_strategy,
+    refuse_pruning,
+    refuse_replacing_precision,
+    warn_of_spawned_copies,
+)
 from lightning_uora.config import ReinitSchedule, UORAConfig, require_choice
+from lightning_uora.counting import accumulating, callbacks_of, step_of, total_steps
 from lightning_uora.injection import attach_uora, is_adapted, named_adapters
 from lightning_uora.projection import OWNER, Projections, projections_of
+from lightning_uora.ranks import alone, mean_gradients
 from lightning_uora.refresh import Refresher, require_growth_possible
 from lightning_uora.report import Summary, plot_refreshes, plot_vectors, summarize
+from lightning_uora.sharding import is_sharded, like, reshard_
+from lightning_uora.training_batches import TrainingBatches
 
 __all__ = ["UORACallback"]
-
-AVERAGING: tuple[type[Callback], ...] = tuple(
-    getattr(lightning.pytorch.callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging")  # the second since Lightning 2.6
-    if hasattr(lightning.pytorch.callbacks, name)
-)
 
 
 class UORACallback(Callback):
@@ -51,20 +59,23 @@ class UORACallback(Callback):
             glob, ``"re:"`` and a regular expression), or a list of them.
         exclude_modules: Patterns of modules that stay as they are; they win over targets.
         trainable_modules: Modules trained as they are: ``"auto"`` (the head), patterns, or ``()``.
-        init: ``"orthogonal"`` or ``"kaiming_uniform"`` (VeRA's draw).
+        init: ``"orthogonal"``, ``"kaiming_uniform"`` (VeRA's draw), or ``"inputs"``: A from the principal
+            axes of each layer's inputs, found when training starts.
+        calibration_batches: Training batches looked at for ``init="inputs"``; training sees the same batches
+            as without. They go through ``calibration_step(batch, batch_idx)`` where the module has one, else
+            through ``training_step``, without gradients, logging or a trace in metrics and buffers.
         d_init: Start of every entry of d.
         dropout: Probability on the adapter's input, Linear-like modules only.
         bias: ``"none"``, ``"adapted"`` or ``"all"``: which biases train.
         seed: Seeds A and B; the global random state is not touched.
         compute: ``"auto"``, ``"merged"`` or ``"factored"``.
         share: ``"model"`` or ``"layer"``: whose rows a refresh may change.
-        reinit: When and which weak rows of A and B are refreshed; None: never.
+        reinit: When and which weak rows of A and B are refreshed, a :class:`ReinitSchedule`; None: never.
         checkpoint: ``"full"`` checkpoints hold everything; ``"adapter"`` ones hold what trained, the base's
             buffers and how to rebuild A and B, and want the same base when they are loaded.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.
-        reinit: The schedule, or None.
         summary: Parameter counts of the module adapted last; None before ``setup``.
 
     Raises:
@@ -82,7 +93,8 @@ class UORACallback(Callback):
         target_modules: str | Sequence[str] = "attention",
         exclude_modules: Sequence[str] = (),
         trainable_modules: str | Sequence[str] = "auto",
-        init: Literal["orthogonal", "kaiming_uniform"] = "orthogonal",
+        init: Literal["orthogonal", "kaiming_uniform", "inputs"] = "orthogonal",
+        calibration_batches: int = 8,
         d_init: float = 0.1,
         dropout: float = 0.0,
         bias: Literal["none", "adapted", "all"] = "none",
@@ -99,6 +111,7 @@ class UORACallback(Callback):
             exclude_modules=exclude_modules,
             trainable_modules=trainable_modules,
             init=init,
+            calibration_batches=calibration_batches,
             d_init=d_init,
             dropout=dropout,
             bias=bias,
@@ -109,8 +122,8 @@ class UORACallback(Callback):
         require_choice("checkpoint", checkpoint, ("full", "adapter"))
         self.checkpoint: Literal["full", "adapter"] = checkpoint
         self.reinit = reinit
-        if reinit is not None and reinit.growth == "gradient":
-            require_growth_possible(share, dropout)
+        if reinit is not None:
+            require_growth_possible(reinit.growth, self.config)
         self._refresher = Refresher(reinit) if reinit is not None else None
         self._owner: Projections | None = None
         self._resumed = False
@@ -126,10 +139,16 @@ class UORACallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _refuse_replacing_precision(trainer)
+        refuse_replacing_precision(trainer)
+        refuse_flattening_strategy(trainer)
+        if isinstance(trainer.strategy, ModelParallelStrategy) and self.checkpoint == "adapter":
+            accept_part_of_the_weights(trainer.strategy, pl_module)
         if stage == "fit":
-            self._refuse_averaging(trainer, pl_module)
-        if _built_later(pl_module) and not is_adapted(pl_module):
+            refuse_finetuning(trainer)
+            calibrates = self.config.init == "inputs" and not _is_calibrated(pl_module)
+            refuse_averaging(trainer, pl_module, self, self.reinit is not None, calibrates)
+            warn_of_spawned_copies(trainer, pl_module)
+        if built_later(pl_module) and not is_adapted(pl_module):
             _run_after_configure_model(pl_module, self._attach)
         else:
             self._attach(pl_module)
@@ -140,25 +159,28 @@ class UORACallback(Callback):
             raise MisconfigurationException(
                 "UORACallback attached no adapter: configure_model was replaced or never ran."
             )
+        refuse_pruning(trainer)
         self._gradients_seen = False
         self.summary = summarize(pl_module)
         if trainer.loggers:
             self._log_hyperparameters(trainer)
         _add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
         if trainer.is_global_zero and any(
-            isinstance(callback, ModelSummary) for callback in _callbacks(trainer)
+            isinstance(callback, ModelSummary) for callback in callbacks_of(trainer)
         ):
             Console().print(self.summary.table())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = _step(trainer)
+        self._calibrate(trainer, pl_module)
+        self._last_step = step_of(trainer)
+        reshard_(pl_module)
+        parameters = dict(pl_module.named_parameters())
         for name, gradient in self._gradients.items():
-            parameter = pl_module.get_parameter(name)
-            parameter.grad = gradient.to(parameter.device)
+            parameters[name].grad = like(gradient, parameters[name])
         self._gradients = {}
         if self._refresher is not None:
-            self._refresher.due = self._refresher.schedule.due_steps(_total_steps(trainer))
+            self._refresher.due = self._refresher.schedule.due_steps(total_steps(trainer))
             if not self._resumed:
                 self._refresher = Refresher(self._refresher.schedule, self._refresher.due, self._last_step)
             self._resumed = False
@@ -168,19 +190,20 @@ class UORACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._refresher is not None:
-            root, step = _root(pl_module), _step(trainer)
-            if self._refresher.is_due(step):  # resumed from between a step and its refresh
-                self._refresh(trainer, self._refresher, root, step)
+            root, step = _root(pl_module), step_of(trainer)
+            late = self._refresher.is_due(step)  # resumed from between a step and its refresh
+            if late and self._refresher.schedule.growth != "gradient":  # those come with the next step
+                self._refresh(trainer, self._refresher, root, step, batch, batch_idx)
             self._refresher.before_step(root, step)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = _step(trainer)
+        step = step_of(trainer)
         if self._refresher is not None and step != self._last_step:  # not while gradients accumulate
             self._last_step = step
-            self._refresh(trainer, self._refresher, _root(pl_module), step)
+            self._refresh(trainer, self._refresher, _root(pl_module), step, batch, batch_idx)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +218,7 @@ class UORACallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.refreshes and trainer.is_global_zero:
+        if self.refreshes and (trainer.is_global_zero or is_sharded(pl_module)):
             _log_figures(trainer, _root(pl_module))
 
     @override
@@ -222,9 +245,9 @@ class UORACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if _accumulating(trainer):
-            named = pl_module.named_parameters()
-            checkpoint["uora_gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        if accumulating(trainer):
+            with alone(trainer.world_size == 1):
+                checkpoint["uora_gradients"] = mean_gradients(pl_module)
 
     @override
     def on_load_checkpoint(
@@ -232,30 +255,39 @@ class UORACallback(Callback):
     ) -> None:
         self._gradients = checkpoint.get("uora_gradients", {})
 
-    def _refresh(self, trainer: Trainer, refresher: Refresher, root: nn.Module, step: int) -> None:
-        rows = refresher.after_step(root, trainer.optimizers, step)
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A from the first training batches, unless it is there (by hand, or from a checkpoint)."""
+        root = _root(pl_module)
+        grows = self.reinit is not None and self.reinit.growth == "inputs"
+        if not (grows or projections_of(root).uncalibrated):
+            return
+        look, started = TrainingBatches(trainer), time.perf_counter()
+        if not projections_of(root).uncalibrated:
+            return
+        batches = look.first_batches(int(min(self.config.calibration_batches, trainer.num_training_batches)))
+        few = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        with alone(trainer.world_size == 1), look.silenced(), look.progress() as forward:
+            calibrate_with(root, batches, forward, around=pl_module, few=few)
+        rank_zero_info(
+            f"UORA: A of {len(list(named_adapters(root)))} modules is set from the inputs of {len(batches)} "
+            f"batches, in {time.perf_counter() - started:.1f} s."
+        )
+
+    def _refresh(
+        self, trainer: Trainer, refresher: Refresher, root: nn.Module, step: int, batch: Any, batch_idx: int
+    ) -> None:
+        rows = None
+        with ExitStack() as stack:
+            stack.enter_context(alone(trainer.world_size == 1))
+            if refresher.schedule.growth == "inputs" and refresher.is_due(step):
+                look = TrainingBatches(trainer)
+                stack.enter_context(look.silenced())
+                around = trainer.lightning_module
+                stack.enter_context(inputs_observed(root, [(batch, batch_idx)], look.step, around))
+            rows = refresher.after_step(root, trainer.optimizers, step)
         if rows is not None:
             for logger in trainer.loggers:
                 logger.log_metrics({"uora/refreshed_rows": float(sum(map(len, rows.values())))}, step)
-
-    def _refuse_averaging(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averaging callbacks copy the module in ``setup``, and average vectors whatever they scale."""
-        callbacks = _callbacks(trainer)
-        averaging = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
-        if not averaging:
-            return
-        name = type(averaging[0]).__name__
-        if self.reinit is not None:
-            raise MisconfigurationException(
-                f"{name} would average vectors over rows that a refresh replaces; use "
-                "UORACallback(reinit=None)."
-            )
-        late = _built_later(pl_module) and not is_adapted(pl_module)
-        if late or callbacks.index(averaging[0]) < callbacks.index(self):
-            raise MisconfigurationException(
-                f"{name} copies the module before it has adapters; put UORACallback before it, and call "
-                "attach_uora at the end of configure_model if the model is built there."
-            )
 
     def _attach(self, pl_module: LightningModule) -> None:
         if is_adapted(pl_module):
@@ -277,6 +309,10 @@ class UORACallback(Callback):
             logger.log_hyperparams(counts)
 
 
+def _is_calibrated(pl_module: LightningModule) -> bool:
+    return any(isinstance(module, Projections) and module.calibrated for module in pl_module.modules())
+
+
 def _log_figures(trainer: Trainer, root: nn.Module) -> None:
     """Vectors and refreshes as images, to the loggers that take images, where matplotlib is installed."""
     takers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
@@ -288,20 +324,6 @@ def _log_figures(trainer: Trainer, root: nn.Module) -> None:
                 logger.experiment.add_figure(name, figure, trainer.global_step)
             else:
                 logger.experiment.log({name: figure})
-
-
-def _refuse_replacing_precision(trainer: Trainer) -> None:
-    """Precision plugins that replace Linear layers after ``setup`` would drop the adapters without a word."""
-    plugin = trainer.precision_plugin
-    if isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
-        raise MisconfigurationException(
-            f"{type(plugin).__name__} replaces every Linear layer after the adapters are attached and would "
-            "lose them; use precision='bf16-true' or 'bf16-mixed' with UORACallback."
-        )
-
-
-def _built_later(pl_module: LightningModule) -> bool:
-    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
 
 
 # Note [Models built late]
@@ -349,56 +371,6 @@ def _keep_from_travelling(pl_module: LightningModule, owner: Projections) -> Non
 def _root(pl_module: LightningModule) -> nn.Module:
     """The module that was adapted: the LightningModule, or the part that ``attach_uora`` was called on."""
     return next(module for module in pl_module.modules() if OWNER in module._modules)
-
-
-# Note [Counting steps]
-# Schedules count optimizer steps. trainer.global_step does so under automatic optimisation. Under manual
-# optimisation it moves by the number of optimizers, or stays 0 where they are used past Lightning; there
-# batches are counted.
-
-
-def _step(trainer: Trainer) -> int:
-    """Optimizer steps so far, see Note [Counting steps]."""
-    if trainer.lightning_module.automatic_optimization:
-        return trainer.global_step
-    return trainer.fit_loop.total_batch_idx + 1
-
-
-def _accumulation(trainer: Trainer, epoch: int) -> int:
-    """Batches of one optimizer step in an epoch."""
-    if not trainer.lightning_module.automatic_optimization:
-        return 1
-    for callback in _callbacks(trainer):
-        if isinstance(callback, GradientAccumulationScheduler):
-            return int(callback.get_accumulate_grad_batches(epoch))
-    return trainer.accumulate_grad_batches
-
-
-def _accumulating(trainer: Trainer) -> bool:
-    """Whether gradients wait for their optimizer step; Lightning's checkpoints leave them out."""
-    if not trainer.training or not trainer.lightning_module.automatic_optimization:
-        return False
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return not progress.is_last_batch and progress.current.ready % trainer.accumulate_grad_batches != 0
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
-def _total_steps(trainer: Trainer) -> int | None:
-    """Steps of the whole run; None when it has no end. See Note [Counting steps]."""
-    per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
-    limits: list[float] = []
-    automatic = trainer.lightning_module.automatic_optimization
-    if trainer.max_steps >= 0:
-        limits.append(
-            trainer.max_steps if automatic else trainer.max_steps // max(1, len(trainer.optimizers))
-        )
-    if epochs is not None and epochs >= 0 and per_epoch != float("inf"):
-        limits.append(sum(math.ceil(per_epoch / _accumulation(trainer, epoch)) for epoch in range(epochs)))
-    return int(min(limits)) if limits else None
 
 
 def _add_missing_to_optimizer(optimizers: Sequence[Optimizer], pl_module: LightningModule) -> None:

@@ -20,11 +20,14 @@ from lightning_uora.manifest import (
     check_base,
     check_keys,
     check_manifest,
+    check_names,
+    check_vectors,
     config_of,
     describe,
     take_projections,
 )
 from lightning_uora.projection import OWNER, projections_of
+from lightning_uora.sharding import is_sharded
 
 __all__ = [
     "CheckpointHooks",
@@ -34,6 +37,15 @@ __all__ = [
     "save_checkpoint",
     "skeleton",
 ]
+
+
+# Note [Strategies that load weights first]
+# ModelParallelStrategy loads the weights before any hook, buffer by buffer of the fresh module: it knows
+# neither the record of refreshes nor a layer's own copies of A and B, and sends B, whose columns are
+# contiguous, as if its rows were (torch, set_model_state_dict with broadcast_from_rank0). So a sharded module
+# saves A and B beside the manifest as well, in one storage with the state dict's, and the load hook, which
+# then finds no state dict, puts them and the record where they belong. Where another strategy saved the
+# checkpoint they are rebuilt from the record.
 
 
 class CheckpointHooks:
@@ -64,25 +76,39 @@ class CheckpointHooks:
 
     def _describe_and_drop(self, checkpoint: dict[str, Any]) -> None:
         path, root = find_root(self.module)
+        if self.kind == "adapter":
+            projections_of(root).require_calibrated("an adapter checkpoint")
         prefix = f"{path}." if path else ""
         manifest = describe(root, base=self.kind == "adapter")
         checkpoint["uora"] = {**manifest, "kind": self.kind, "root": path}
+        if self.kind == "full" and is_sharded(root):
+            saved = checkpoint["state_dict"]
+            checkpoint["uora"]["exact"] = {
+                name: saved.get(f"{prefix}{OWNER}.{name}", buffer.cpu())
+                for name, buffer in projections_of(root).named_buffers()
+            }
         if self.kind == "adapter":
             dropped = {f"{prefix}{name}" for name in manifest["base"]}
             state = checkpoint["state_dict"].items()
             owner = f"{prefix}{OWNER}."
             kept = {k: v for k, v in state if k not in dropped and not k.startswith(owner)}
-            checkpoint["state_dict"] = kept
+            stored = projections_of(root).stored()
+            checkpoint["state_dict"] = kept | {f"{owner}{name}": A for name, A in stored.items()}
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Complete the checkpoint's state dict with what it left to this module.
+
+        Where the weights are loaded already, complete the module; see Note [Strategies that load weights
+        first].
 
         Raises:
             ValueError: Another configuration, architecture or base; missing or unexpected keys; other
             projections.
         """
-        if is_adapted(self.module):
+        if is_adapted(self.module) and "state_dict" in checkpoint:
             self._complete(checkpoint)
+        elif is_adapted(self.module) and "uora" in checkpoint:
+            self._complete_module(checkpoint["uora"])
         own: Any = type(self.module)
         own.on_load_checkpoint(self.module, checkpoint)
 
@@ -100,15 +126,25 @@ class CheckpointHooks:
                 state = self._completed(root, prefix, manifest, state)
         checkpoint["state_dict"] = state
 
+    def _complete_module(self, manifest: dict[str, Any]) -> None:
+        _, root = find_root(self.module)
+        check_manifest(manifest, "the checkpoint")
+        _check_same_config(projections_of(root).config, config_of(manifest))
+        check_names(root, manifest)
+        check_base(root, manifest["base"], self.base_mismatch)
+        take_projections(root, manifest, manifest.get("exact", {}))
+
     def _completed(
         self, root: nn.Module, prefix: str, manifest: dict[str, Any], state: dict[str, Any]
     ) -> dict[str, Any]:
-        own = self.module.state_dict()
+        own, owner = self.module.state_dict(), f"{prefix}{OWNER}."
         frozen = {f"{prefix}{name}" for name in manifest["base"]}
-        expected = {k: v for k, v in own.items() if k not in frozen and not k.startswith(f"{prefix}{OWNER}.")}
+        expected = {k: v for k, v in own.items() if k not in frozen and not k.startswith(owner)}
+        given = {k.removeprefix(owner): v for k, v in state.items() if k.startswith(owner)}
+        state = {k: v for k, v in state.items() if not k.startswith(owner)}
         check_keys(expected, state)
         check_base(root, manifest["base"], self.base_mismatch)
-        take_projections(root, manifest, {})
+        take_projections(root, manifest, given)
         current = self.module.state_dict()
         return {key: state.get(key, value) for key, value in current.items()}
 
@@ -134,8 +170,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, of a newer version, or of other making.
+        ValueError: It is damaged, of a newer version, or of other making; it is a folder of shards.
     """
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a folder of shards; make a file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -147,6 +188,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} was not made with UORACallback; the class's own load_from_checkpoint reads it."
         )
     check_manifest(checkpoint["uora"], str(path))
+    check_vectors(checkpoint["uora"], checkpoint["state_dict"], str(path))
     return checkpoint
 
 

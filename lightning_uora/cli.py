@@ -1,9 +1,10 @@
-"""The ``uora`` command: look at, merge and export what was saved, without the code of the model."""
+"""The ``uora`` command: what an adapter would cost; look at, merge and export what was saved."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,15 @@ from lightning_uora.checkpoint import (
     save_checkpoint,
     skeleton,
 )
+from lightning_uora.config import INITS, UORAConfig
 from lightning_uora.injection import named_adapters
+from lightning_uora.inspection import inspect_model, model_on_meta
 from lightning_uora.interop import write_peft
 from lightning_uora.projection import OWNER
 
 EXAMPLES = """examples:
+  uora inspect vit_base_patch16_224 --rank 1024        costs, before anything is downloaded
+  uora inspect ./llama-70b/config.json --tokens 8192 --target-modules q_proj v_proj
   uora show adapter/                                   what a folder or a checkpoint holds
   uora merge last.ckpt plain.ckpt                      a checkpoint that plain load_from_checkpoint reads
   uora merge small.ckpt plain.ckpt --class my.module:Classifier     from checkpoint="adapter"
@@ -43,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_inspect(commands)
     show = commands.add_parser("show", help="what a checkpoint or an adapter folder holds")
     show.add_argument("source", type=Path, metavar="FILE_OR_DIR")
     merge = commands.add_parser("merge", help="a plain checkpoint with the adapters in the weights")
@@ -60,12 +66,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        {"show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
+        {"inspect": _inspect, "show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
     except (ValueError, OSError, ImportError, AttributeError) as error:
         message = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"uora: {message}")
         return 2
     return 0
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="what an adapter would cost, without any weights")
+    inspect.add_argument(
+        "model", metavar="MODEL", help="timm name; transformers config path, model type or hub name"
+    )
+    inspect.add_argument("--rank", type=int, default=UORAConfig.rank)
+    inspect.add_argument("--init", choices=INITS, default=UORAConfig.init, help="inputs: A is stored too")
+    inspect.add_argument(
+        "--target-modules", nargs="+", default=[UORAConfig.target_modules], metavar="PATTERN"
+    )
+    inspect.add_argument("--exclude-modules", nargs="+", default=[], metavar="PATTERN")
+    inspect.add_argument(
+        "--tokens", type=int, default=2048, help="rows each layer sees in a step: batch x length (2048)"
+    )
+    inspect.add_argument("--json", action="store_true", help="for machines, with every layer")
+
+
+def _inspect(chosen: argparse.Namespace) -> None:
+    config = UORAConfig(
+        rank=chosen.rank,
+        init=chosen.init,
+        target_modules=chosen.target_modules,
+        exclude_modules=chosen.exclude_modules,
+    )
+    found = inspect_model(model_on_meta(chosen.model), config, chosen.tokens, chosen.model)
+    if chosen.json:
+        sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
+        return
+    table, console = found.table(), Console(soft_wrap=True, highlight=False, markup=False)
+    Console(width=max(console.width, console.measure(table).maximum)).print(table)  # no column is dropped
+    for line in found.lines():
+        console.print(line)
 
 
 def _open(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRESETS", "ReinitSchedule", "UORAConfig"]
+__all__ = ["INITS", "PRESETS", "ReinitSchedule", "UORAConfig"]
 
+INITS = ("orthogonal", "kaiming_uniform", "inputs")
+"""Draws of A and B."""
 PRESETS = ("attention", "all-linear", "all")
 """Names that ``target_modules`` understands besides patterns."""
 
@@ -28,7 +30,10 @@ class UORAConfig:
             excludes all inside.
         trainable_modules: Modules trained as they are: ``"auto"`` finds the head, patterns name them, ``()``
             for none.
-        init: Draw of A and B: ``"orthogonal"``, or ``"kaiming_uniform"`` as in VeRA.
+        init: Draw of A and B: ``"orthogonal"``, or ``"kaiming_uniform"`` as in VeRA. ``"inputs"``: B as in
+            ``"orthogonal"``, A by ``calibrate`` from the principal axes of the layers' inputs, each layer its
+            own with ``share="layer"``.
+        calibration_batches: Training batches that ``UORACallback`` looks at for ``init="inputs"``.
         d_init: Start of every entry of d.
         dropout: Probability on the adapter's input, of Linear-like modules only.
         bias: ``"adapted"`` trains the biases of the adapted modules too, ``"all"`` every bias of the model.
@@ -45,7 +50,7 @@ class UORAConfig:
             allowed.
 
     Source: ``d_init`` and the Kaiming draw from VeRA (arXiv:2310.11454); the orthogonal draw from UORA
-    (arXiv:2505.20154), its scale is *ours*.
+    (arXiv:2505.20154), its scale is *ours*; A from the inputs after EVA (arXiv:2410.07170), *ours*.
     """
 
     rank: int = 256
@@ -53,6 +58,7 @@ class UORAConfig:
     exclude_modules: Sequence[str] = ()
     trainable_modules: str | Sequence[str] = "auto"
     init: str = "orthogonal"
+    calibration_batches: int = 8
     d_init: float = 0.1
     dropout: float = 0.0
     bias: str = "none"
@@ -63,11 +69,12 @@ class UORAConfig:
     def __post_init__(self) -> None:
         require_int("rank", self.rank, at_least=1)
         require_int("seed", self.seed, at_least=0)
+        require_int("calibration_batches", self.calibration_batches, at_least=1)
         require_number("d_init", self.d_init)
         require_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise invalid("dropout", self.dropout, "a probability in [0, 1)")
-        require_choice("init", self.init, ("orthogonal", "kaiming_uniform"))
+        require_choice("init", self.init, INITS)
         require_choice("bias", self.bias, ("none", "adapted", "all"))
         require_choice("compute", self.compute, ("auto", "merged", "factored"))
         require_choice("share", self.share, ("model", "layer"))
@@ -102,7 +109,8 @@ class ReinitSchedule:
         preserve_function: Scale a refreshed entry of d (or b) by the cosine of the turn, the choice that
             moves the layer's output least; else keep it.
         growth: ``"random"``, or ``"gradient"``: of ``candidates`` fresh directions those with the largest
-            gradient (needs ``share="layer"``).
+            gradient (needs ``share="layer"``). ``"inputs"``: the next unused principal axes of the layers'
+            inputs for A, random directions for B (needs ``init="inputs"``).
         candidates: How many directions ``growth="gradient"`` looks at, for each layer.
 
     Raises:
@@ -150,9 +158,9 @@ class ReinitSchedule:
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "true or false")
         require_choice("criterion", self.criterion, ("magnitude", "ema", "sensitivity"))
-        require_choice("growth", self.growth, ("random", "gradient"))
-        if self.growth == "gradient" and self.vectors != ("d",):
-            raise invalid("vectors", self.vectors, "('d',) with growth='gradient'")
+        require_choice("growth", self.growth, ("random", "gradient", "inputs"))
+        if self.growth != "random" and self.vectors != ("d",):
+            raise invalid("vectors", self.vectors, f"('d',) with growth={self.growth!r}")
 
     def due_steps(self, total: int | None) -> list[int]:
         """The steps after which a refresh is due, ascending.

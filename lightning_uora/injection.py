@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_uora.config import UORAConfig
 from lightning_uora.layers import AdaptedModule, adapted_modules, named_parts, specialise, unspecialise
 from lightning_uora.projection import OWNER, Projections, projections_of
+from lightning_uora.sharding import is_sharded
 from lightning_uora.targets import Selection, select
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "detach_uora",
     "is_adapted",
     "named_adapters",
+    "param_groups",
     "projections_of",
 ]
 
@@ -86,9 +88,15 @@ def detach_uora(model: nn.Module, merge: bool = False) -> None:
             every one is checked to be finite before any parameter changes.
 
     Raises:
-        ValueError: The model is not adapted, or a merged weight is not finite (it names the module).
+        ValueError: The model is not adapted, or is sharded, or a merged weight is not finite (it names the
+            module).
     """
     owner = projections_of(model)
+    if is_sharded(model):
+        raise ValueError(
+            "model is sharded, and its shards know its adapters; save a checkpoint and detach where "
+            "load_from_checkpoint brings it back whole, or merge the file with `uora merge`."
+        )
     adapters = dict(adapted_modules(model))
     if merge:
         _merge(adapters)
@@ -120,6 +128,39 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
     Each module has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
     """
     yield from adapted_modules(model)
+
+
+def param_groups(
+    model: nn.Module, lr: float, vector_lr: float, weight_decay: float = 0.0
+) -> list[dict[str, object]]:
+    """What trains, as groups for an optimizer: the vectors d and b at a rate of their own, not decayed.
+
+    Of a model without adapters, one group of what trains; so one ``configure_optimizers`` serves both.
+
+    Args:
+        model: Any module, most often ``self`` in ``configure_optimizers``.
+        lr: Learning rate of what trains besides the vectors (the head, biases).
+        vector_lr: Learning rate of d and b, usually 10-100 times ``lr``.
+        weight_decay: For all but the vectors.
+
+    Raises:
+        ValueError: Nothing trains.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+        >>> _ = attach_uora(model, UORAConfig(rank=4, target_modules=["0"], trainable_modules=["2"]))
+        >>> [(len(group["params"]), group["lr"]) for group in param_groups(model, 1e-3, 3e-2)]
+        [(2, 0.001), (2, 0.03)]
+    """
+    vectors = {id(v) for _, module in adapted_modules(model) for v in (module.uora_d, module.uora_b)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in trained if id(p) not in vectors], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in vectors], "lr": vector_lr, "weight_decay": 0.0},
+    ]
+    if not trained:
+        raise ValueError("no parameter of the model trains; call attach_uora or name trainable_modules.")
+    return [group for group in groups if group["params"]]
 
 
 @contextmanager

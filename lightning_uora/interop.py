@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_uora.adapter_files import write_folder
 from lightning_uora.injection import named_adapters
 from lightning_uora.layers import AdaptedModule, facts
+from lightning_uora.sharding import is_sharded
 
 __all__ = ["export_peft"]
 
@@ -41,8 +42,8 @@ def export_peft(
             itself.
 
     Raises:
-        ValueError: The model is not adapted, or holds what the format cannot say exactly; the module is
-            named, and what to do instead.
+        ValueError: The model is not adapted or not calibrated, or holds what the format cannot say exactly;
+            the module is named, and what to do instead.
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
     """
@@ -51,6 +52,8 @@ def export_peft(
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    if is_sharded(model):
+        raise ValueError("model is sharded; save a checkpoint and export that file with `uora export`.")
     layers = {name: facts(module) for name, module in adapters.items()}
     heads = _heads(model, adapters)
     trained = {f"{head}.{k}": v for head in heads for k, v in model.get_submodule(head).state_dict().items()}
@@ -69,6 +72,8 @@ def write_peft(
     """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on."""
     if format not in ("lora", "vera"):
         raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
+    for module in adapters.values():
+        module._uora.owner.require_calibrated("an export")
     tensors, settings = (_lora if format == "lora" else _vera)(adapters, layers)
     config = {
         "base_model_name_or_path": base_model_name_or_path,

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lightning_uora.functional import (
     merged_flops,
 )
 from lightning_uora.projection import Projections
+from lightning_uora.ranks import first_rank
 
 __all__ = ["AdaptedModule", "Part", "named_parts", "specialise", "unspecialise", "unsupported"]
 
@@ -63,6 +64,7 @@ class Adapter:
     index: int
     cache: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     held: dict[str, Tensor] | None = None
+    sharded: bool = False  # the weight was seen as a DTensor
 
     @property
     def m(self) -> int:
@@ -78,7 +80,13 @@ class Adapter:
 # counter tell; `.data` writes move none of them, so train(), eval() and casts drop what was kept as well. It
 # is built outside inference mode: a tensor made inside could not be used by autograd later. In training
 # without gradients (reentrant checkpointing) nothing is kept, because it would hold a second copy of every
-# adapted weight.
+# adapted weight. Nor is anything kept of sharded weights: FSDP2 gathers them into the same memory without
+# moving a version, and whole copies are what sharding is to avoid.
+
+# Note [Sharded weights]
+# FSDP2 replaces parameters by DTensors and puts whole ones in their place around each forward. It reads the
+# attribute to find its shards again, so the property returns the DTensor itself; a forward that still meets
+# one belongs to another way of sharding (tensor parallelism), which would lose the adapter without a word.
 
 
 class AdaptedModule(nn.Module):
@@ -128,6 +136,10 @@ class AdaptedModule(nn.Module):
             tensors = (t.to(wide) for t in (W, *self._uora_tensors(part.n)))
             yield W, part.delta(*tensors).to(W.dtype)
 
+    def form(self, tokens: int) -> Literal["merged", "factored"]:
+        """How this module computes in training for an input of that many rows."""
+        return "merged"
+
     def _uora_tensors(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A (of width n), B, d, b of this module."""
         owner, index = self._uora.owner, self._uora.index
@@ -136,12 +148,15 @@ class AdaptedModule(nn.Module):
     def _uora_weight(self, name: str) -> Tensor | None:
         """What reading the adapted parameter returns, see Note [When the effective weight is kept]."""
         W, adapter = self._parameters[name], self._uora
-        if W is None or adapter.owner.disabled or isinstance(W, DTensor):
+        if isinstance(W, DTensor):  # see Note [Sharded weights]
+            adapter.sharded = True
+            return W
+        if W is None or adapter.owner.disabled:
             return W
         if adapter.held is not None and name in adapter.held:
             return adapter.held[name]
         part = adapter.parts[name]
-        if self.training and adapter.owner.config.dropout > 0.0:
+        if self.training and adapter.owner.config.dropout > 0.0 and first_rank():
             warnings.warn(
                 f"{name} of a {type(self).__name__} is read directly: dropout is not applied there.",
                 stacklevel=3,
@@ -149,6 +164,8 @@ class AdaptedModule(nn.Module):
         sources = (W, *self._uora_tensors(part.n))
         if self._uora_keeps():
             return self._uora_kept(part, sources)
+        if self._uora_needs_grad():
+            adapter.owner.require_calibrated("training")
         weight = part.delta(*sources)
         if adapter.owner.gradients is not None and weight.requires_grad:
             _collect_gradient(weight, adapter, name)
@@ -158,7 +175,8 @@ class AdaptedModule(nn.Module):
 
     def _uora_keeps(self) -> bool:
         """Whether an effective weight made now may be kept for later reads."""
-        return not (self.training or torch.compiler.is_compiling() or self._uora_needs_grad())
+        busy = self.training or torch.compiler.is_compiling() or self._uora_needs_grad()
+        return not (busy or self._uora.sharded)
 
     def _uora_needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(
@@ -230,25 +248,49 @@ class AdaptedLinear(AdaptedModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        self._uora_refuse_sharded()
         config = self._uora.owner.config
         drops = config.dropout > 0.0 and self.training
         if self._uora.owner.disabled or not (drops or self._uora_prefers_factored(x)):
             return cast(Tensor, super().forward(x))
+        if self._uora_needs_grad():
+            self._uora.owner.require_calibrated("training")
         (part,) = self._uora.parts.values()
         h = _plain_linear(x, self._parameters[part.name], self._parameters["bias"], part.transposed)
         return add_factored_delta(
             h, nn.functional.dropout(x, config.dropout, self.training), *self._uora_tensors(part.n)
         )
 
+    def _uora_refuse_sharded(self) -> None:
+        """See Note [Sharded weights]."""
+        (name,) = self._uora.parts
+        if isinstance(self._parameters[name], DTensor):
+            raise ValueError(
+                f"{name} of a {self.original_class.__name__} is still sharded in its forward (tensor "
+                "parallelism?) and would lose its adapter; shard with fully_shard instead, and call the "
+                "module that it was called on."
+            )
+
     def _uora_prefers_factored(self, x: Tensor) -> bool:
         adapter, config = self._uora, self._uora.owner.config
         (part,) = adapter.parts.values()
         if config.compute == "merged" or x.is_nested or adapter.owner.gradients is not None:
             return False
-        if config.compute == "factored" or self._uora_keeps():
+        if self._uora_keeps():
             return config.compute == "factored"
-        sizes = (x.numel() // part.n, part.m, part.n, config.rank)
-        return factored_flops(*sizes) < merged_flops(*sizes)
+        return self.form(x.numel() // part.n) == "factored"
+
+    @override
+    def form(self, tokens: int) -> Literal["merged", "factored"]:
+        """The cheaper by the counts of operations, unless the configuration or dropout decides."""
+        config = self._uora.owner.config
+        if config.dropout > 0.0:
+            return "factored"
+        if config.compute != "auto":
+            return cast(Literal["merged", "factored"], config.compute)
+        (part,) = self._uora.parts.values()
+        sizes = (tokens, part.m, part.n, config.rank)
+        return "factored" if factored_flops(*sizes) < merged_flops(*sizes) else "merged"
 
 
 class AdaptedAttention(AdaptedModule):
@@ -396,7 +438,10 @@ def _adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[Adapted
 
 def _weight_property(name: str) -> property:
     def read(self: AdaptedModule) -> Tensor | None:
-        return self._uora_weight(name)
+        weight, told = self._uora_weight(name), self._uora.owner.on_read
+        if told is not None and weight is not None:
+            told(weight, self, name)
+        return weight
 
     return property(read, doc=f"Effective {name}: the frozen parameter plus the adapter's update.")
 

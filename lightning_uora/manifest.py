@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_uora.config import UORAConfig
 from lightning_uora.injection import named_adapters
 from lightning_uora.layers import facts
 from lightning_uora.projection import OWNER, projections_of
-from lightning_uora.refresh import rebuild
+from lightning_uora.ranks import first_rank
+from lightning_uora.refresh import rebuild_around
+from lightning_uora.sharding import reshard_, whole
 
 __all__ = [
     "Mismatch",
@@ -26,6 +29,8 @@ __all__ = [
     "check_base",
     "check_keys",
     "check_manifest",
+    "check_names",
+    "check_vectors",
     "config_of",
     "describe",
     "restore",
@@ -36,6 +41,22 @@ VERSION = 1
 
 
 STRIDE = 4099
+
+
+WIDEST = 1 << 24
+"""No layer has more features; nothing in a file may say so."""
+
+
+SHAPE = {
+    "config": dict,
+    "adapted": list,
+    "layers": dict,
+    "trained": list,
+    "record": list,
+    "projections": dict,
+    "base": dict,
+}
+"""What a manifest holds, and as what."""
 
 
 Mismatch = Literal["error", "warn"]
@@ -50,13 +71,73 @@ def check_manifest(manifest: Any, where: str) -> None:
             f"{where} has version {manifest['version']}, this package reads up to {VERSION}; update "
             "lightning-uora."
         )
-    missing = [
-        key
-        for key in ("config", "adapted", "layers", "trained", "record", "projections", "base")
-        if key not in manifest
-    ]
+    missing = [key for key in SHAPE if key not in manifest]
     if missing:
         raise ValueError(f"{where} is damaged: it lacks {', '.join(missing)}.")
+    try:
+        _check_content(manifest)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{where} is damaged: {error or 'its content is not what it should be'}.") from error
+
+
+# Note [Files from others]
+# A manifest is data from anywhere. Everything that is indexed, multiplied or used as a name later is looked
+# at first: types, ranges, that the rank is the one of the stored vectors, so that no memory is taken for
+# what a few bytes claim. Names are only ever paths inside a model, never of files.
+
+
+def _check_content(manifest: dict[str, Any]) -> None:
+    """See Note [Files from others]. Raises any of what a wrong type raises, or with a reason."""
+    for key, kind in SHAPE.items():
+        _need(isinstance(manifest[key], kind), f"{key} is a {type(manifest[key]).__name__}")
+    rank = manifest["config"].get("rank", UORAConfig.rank)
+    _need(_is_count(rank) and rank > 0, f"rank {rank!r}")
+    for name in (*manifest["adapted"], *manifest["trained"], *manifest["layers"]):
+        _need((isinstance(name, str) and all(name.split("."))) or name == "", f"the name {name!r}")
+    _need(sorted(manifest["adapted"]) == sorted(manifest["layers"]), "the list of adapted modules")
+    for name, layer in manifest["layers"].items():
+        _need(isinstance(layer["kind"], str), f"the kind of {name!r}")
+        for part, row, m, n, transposed in layer["parts"]:
+            sizes = (row, m, n)
+            _need(isinstance(part, str) and isinstance(transposed, bool), f"a part of {name!r}")
+            _need(all(map(_is_count, sizes)) and max(sizes) <= WIDEST, f"the sizes {sizes} of {name!r}")
+    for entry in manifest["record"]:
+        _need(_is_count(entry["step"]), f"the step {entry['step']!r} of a refresh")
+        _need(0.0 <= float(entry["interpolation"]) <= 1.0, "the interpolation of a refresh")
+        for key, rows in entry["rows"].items():
+            limit = WIDEST if key.endswith(":rows") else rank
+            counts = isinstance(rows, list) and all(map(_is_count, rows))
+            _need(counts and max(rows, default=0) < limit, f"the rows of {key!r}")
+        candidates = entry.get("candidates", 0)
+        _need(_is_count(candidates) and candidates <= WIDEST, "the candidates of a refresh")
+        for picked in entry.get("picked", {}).values():
+            counts = isinstance(picked, list) and all(map(_is_count, picked))
+            _need(counts and max(picked, default=0) < max(candidates, rank), "the candidates of a refresh")
+    for prints in (*manifest["projections"].values(), *manifest["base"].values()):
+        numbers = isinstance(prints, list) and all(isinstance(n, (int, float)) for n in prints[:2])
+        _need(numbers and len(prints) >= 2, "a fingerprint")
+    _need(all(len(prints) == 3 for prints in manifest["base"].values()), "a fingerprint of the base")
+
+
+def _need(right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(f"{what} cannot be right")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_vectors(manifest: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` unless d and b of every layer are there, in the sizes that the manifest tells."""
+    for name, layer in manifest["layers"].items():
+        rank = manifest["config"].get("rank", UORAConfig.rank)
+        sizes = {"uora_d": rank, "uora_b": sum(part[2] for part in layer["parts"])}
+        for vector, size in sizes.items():
+            key = ".".join(piece for piece in (manifest.get("root"), name, vector) if piece)
+            if key not in tensors or tuple(tensors[key].shape) != (size,):
+                found = tuple(tensors[key].shape) if key in tensors else "nothing"
+                raise ValueError(f"{where} is damaged: {key} should have shape ({size},), and has {found}.")
 
 
 def config_of(manifest: dict[str, Any]) -> UORAConfig:
@@ -69,7 +150,8 @@ def config_of(manifest: dict[str, Any]) -> UORAConfig:
 
 
 def describe(model: nn.Module, base: bool = True) -> dict[str, Any]:
-    """The manifest of an adapted model: plain data that JSON can hold."""
+    """The manifest of an adapted model: plain data that JSON can hold. If sharded, every rank must ask."""
+    reshard_(model)
     owner = projections_of(model)
     config = dataclasses.asdict(owner.config)
     return {
@@ -81,6 +163,7 @@ def describe(model: nn.Module, base: bool = True) -> dict[str, Any]:
             n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(("uora_d", "uora_b"))
         ],
         "record": [dict(entry) for entry in owner.record],
+        "calibrated": owner.calibrated,
         "projections": {name: _fingerprint(buffer) for name, buffer in owner.named_buffers()},
         "base": _base_prints(model) if base else {},
     }
@@ -90,7 +173,11 @@ def _base_prints(model: nn.Module) -> dict[str, list[Any]]:
     """Fingerprints of the frozen parameters, taken again only where a parameter has changed."""
     known, prints = projections_of(model).base_prints, {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
+        if p.requires_grad:
+            continue
+        if isinstance(p, DTensor):  # nothing is remembered: all ranks must ask for the same shards
+            prints[name] = [*_fingerprint(p), str(p.dtype)]
+        else:
             key = (p.data_ptr(), p._version, p.dtype)
             if name not in known or known[name][0] != key:
                 known[name] = (key, [*_fingerprint(p), str(p.dtype)])
@@ -114,12 +201,7 @@ def restore(
     Raises:
         ValueError: Other modules, keys, shapes, another base, or projections that are not those of the run.
     """
-    names = [name for name, _ in named_adapters(model)]
-    if names != list(manifest["adapted"]):
-        raise ValueError(
-            f"another architecture: the adapter is for {_few(manifest['adapted'])}, this model's are "
-            f"{_few(names)}."
-        )
+    check_names(model, manifest)
     state = adapter_state(model)
     projections = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
     values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.")}
@@ -131,19 +213,32 @@ def restore(
             state[name].copy_(value)
 
 
+def check_names(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless the manifest is of a model with the same adapted and trained names."""
+    names = [name for name, _ in named_adapters(model)]
+    if names != list(manifest["adapted"]):
+        raise ValueError(
+            f"another architecture: the adapter is for {_few(manifest['adapted'])}, this model's are "
+            f"{_few(names)}."
+        )
+
+
 def take_projections(model: nn.Module, manifest: dict[str, Any], projections: dict[str, Tensor]) -> None:
-    """A and B as given, or from the record; checked against the manifest, and put back after an error."""
+    """A and B as given, the rest from the record; checked against the manifest, put back after an error."""
     owner = projections_of(model)
     before, record = {name: b.clone() for name, b in owner.named_buffers()}, owner.record
+    calibrated = owner.calibrated
     try:
         owner.record = [dict(entry) for entry in manifest["record"]]
-        if projections:
+        owner.calibrated = manifest.get("calibrated", False)
+        if set(projections) >= set(manifest["projections"]):
             owner.set(projections)
         else:
-            rebuild(model)
+            owner.require_known(projections)
+            rebuild_around(model, projections)
         _check_projections(dict(owner.named_buffers()), manifest["projections"])
     except BaseException:
-        owner.record = record
+        owner.record, owner.calibrated = record, calibrated
         owner.set(before)
         raise
 
@@ -179,7 +274,8 @@ def check_base(model: nn.Module, expected: dict[str, list[Any]], mismatch: Misma
         message = f"the adapter was trained on another base: {_few(wrong)} differ(s)."
         if mismatch == "error":
             raise ValueError(f"{message} Load that base, or pass base_mismatch='warn'.")
-        warnings.warn(message, stacklevel=4)
+        if first_rank():
+            warnings.warn(message, stacklevel=4)
 
 
 def _same_base(p: Tensor, expected: list[Any]) -> bool:
@@ -202,12 +298,12 @@ def _check_projections(buffers: dict[str, Tensor], expected: dict[str, list[floa
 
 def _fingerprint(t: Tensor) -> list[float]:
     """See Note [Fingerprints]; chunked, so that no second copy of a large weight is made."""
-    flat = t.detach().reshape(-1)
+    flat = whole(t.detach()).reshape(-1)
     signs = torch.randint(0, 2, (STRIDE,), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     signs = signs.mul_(2).sub_(1).to(flat.device)
-    whole = flat.numel() // STRIDE * STRIDE
-    columns = flat[:whole].reshape(-1, STRIDE).sum(0, dtype=torch.float64)
-    total = (columns * signs).sum() + (flat[whole:].double() * signs[: flat.numel() - whole]).sum()
+    full = flat.numel() // STRIDE * STRIDE
+    columns = flat[:full].reshape(-1, STRIDE).sum(0, dtype=torch.float64)
+    total = (columns * signs).sum() + (flat[full:].double() * signs[: flat.numel() - full]).sum()
     return [float(total), float(torch.linalg.vector_norm(flat, dtype=torch.float64))]
 
 

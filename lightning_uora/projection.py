@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -32,6 +33,24 @@ def seeded_generator(seed: int, *labels: object) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def _require_room(rank: int, entries: int) -> None:
+    """Raise ``ValueError`` where A and B, drawn in float32 on the CPU, are more than its memory."""
+    needed, memory = 4 * rank * entries, _memory()
+    if needed > memory:
+        raise ValueError(
+            f"rank={rank} would need {needed / 1e9:,.1f} GB for A and B, and this machine has "
+            f"{memory / 1e9:,.1f} GB; choose a smaller rank."
+        )
+
+
+def _memory() -> float:
+    """Bytes of physical memory; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 def _is_own(name: str) -> bool:
     """Whether a buffer is one layer's own (``A_768_3``) and not shared (``A_768``)."""
     return name.count("_") == 2
@@ -50,6 +69,9 @@ class Projections(nn.Module):
         heights: Distinct m of the adapted weights.
         device: Where the adapted weights are; on ``meta`` nothing is drawn until the model gets storage.
         dtype: The widest dtype of the adapted weights.
+
+    Raises:
+        ValueError: A and B would need more than the machine's memory.
     """
 
     def __init__(
@@ -67,7 +89,14 @@ class Projections(nn.Module):
         self.record: list[dict[str, Any]] = []
         self.base_prints: dict[str, tuple[Any, list[Any]]] = {}
         self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"
-        for name in [f"A_{n}" for n in sorted(widths)] + [f"B_{m}" for m in sorted(heights)]:
+        # for growth="inputs": of a buffer, orthogonal to a basis, so many unused principal axes
+        self.unused_axes: Callable[[str, Tensor, int], Tensor] | None = None
+        self.on_read: Callable[[Tensor, nn.Module, str], None] | None = None  # told of every weight read
+        self.calibrated = False
+        sizes = (sorted(widths), sorted(heights))
+        if device.type != "meta":
+            _require_room(config.rank, sum(map(sum, sizes)))
+        for name in [f"A_{n}" for n in sizes[0]] + [f"B_{m}" for m in sizes[1]]:
             self.register_buffer(
                 name, self._draw(name).to(device, dtype) if device.type != "meta" else self._meta(name, dtype)
             )
@@ -87,6 +116,32 @@ class Projections(nn.Module):
             self.register_buffer(name, shared.clone())
         return cast(Tensor, self._buffers[name])
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether A should come from the inputs and does not yet."""
+        return self.config.init == "inputs" and not self.calibrated
+
+    def require_calibrated(self, action: str) -> None:
+        """Raise ``ValueError`` where A should come from the inputs and does not yet."""
+        if self.uncalibrated:
+            raise ValueError(
+                f"{action} needs A, and with init='inputs' A is found by calibrate(model, batches), which "
+                "was not called yet; UORACallback calls it when training starts (Lightning's finders run "
+                "before that: calibrate by hand)."
+            )
+
+    def stored(self) -> dict[str, Tensor]:
+        """What seed and record cannot rebuild: A from the inputs, as float16, which holds it exactly."""
+        if self.config.init != "inputs":
+            return {}
+        own = self.config.share == "layer"
+        named = cast("dict[str, Tensor]", self._buffers)
+        return {n: A.half() for n, A in named.items() if n[0] == "A" and _is_own(n) == own}
+
+    def rounded(self, name: str, values: Tensor) -> Tensor:
+        """``values`` for the buffer of that name, as they will be stored."""
+        return values.half().to(values.dtype) if self.config.init == "inputs" and name[0] == "A" else values
+
     def reset(self) -> None:
         """Back to the seeded draw: no own copies, no record."""
         self._drop_own(keep=())
@@ -100,14 +155,18 @@ class Projections(nn.Module):
         Raises:
             ValueError: A name or a shape is not this owner's.
         """
+        self.require_known(values)
+        self._drop_own(keep=values)
+        for name, value in values.items():
+            self.writable(name).copy_(value)
+
+    def require_known(self, values: dict[str, Tensor]) -> None:
+        """Raise ``ValueError`` where a name or a shape is not this owner's."""
         shared = {name: buffer for name, buffer in self._buffers.items() if not _is_own(name)}
         for name, value in values.items():
             target = shared.get(name.rpartition("_")[0] if _is_own(name) else name)
             if target is None or target.shape != value.shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} is not a projection of this model.")
-        self._drop_own(keep=values)
-        for name, value in values.items():
-            self.writable(name).copy_(value)
 
     def names_ever(self, layers: int) -> list[str]:
         """Every buffer name that may exist in a run with that many layers."""
@@ -119,7 +178,8 @@ class Projections(nn.Module):
             del self._buffers[name]
 
     def _draw(self, name: str) -> Tensor:
-        rank, init, seed = self.config.rank, cast(Init, self.config.init), self.config.seed
+        rank, seed = self.config.rank, self.config.seed
+        init = cast(Init, "orthogonal" if self.config.init == "inputs" else self.config.init)
         side, size = name.split("_")
         generator = seeded_generator(seed, side, size, rank)
         return (
@@ -138,6 +198,10 @@ class Projections(nn.Module):
         """As in torch; what had no storage (``meta``) and gets some is drawn, never left undefined."""
         was_meta = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not any(cast(Tensor, self._buffers[name]).is_meta for name in was_meta):
+            self._drop_own(keep=())
+            self.record, self.calibrated = [], False
+            was_meta = [name for name in was_meta if name in self._buffers]
         for name in was_meta:
             buffer = cast(Tensor, self._buffers[name])
             if not buffer.is_meta:
@@ -146,15 +210,16 @@ class Projections(nn.Module):
 
     # Note [Record and own copies in the state dict]
     # A and B in a checkpoint are of no use to a resume without the record of how they came about, and a
-    # layer's own copies exist only after a refresh. So the record travels as one tensor of JSON bytes beside
-    # them, and loading makes or removes copies to match. A state dict that knows nothing of this owner
-    # changes nothing.
+    # layer's own copies exist only after a refresh or a calibration. So the record travels as one tensor of
+    # JSON bytes beside them, and loading makes or removes copies to match. A state dict that knows nothing of
+    # this owner changes nothing.
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.record:
-            text = json.dumps({"version": 1, "refreshes": self.record}).encode()
+        if self.record or self.calibrated:
+            told = {"version": 1, "refreshes": self.record, "calibrated": self.calibrated}
+            text = json.dumps(told).encode()
             destination[f"{prefix}record"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     @override
@@ -162,7 +227,8 @@ class Projections(nn.Module):
         names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if names:
             record = state_dict.pop(f"{prefix}record", None)
-            self.record = [] if record is None else json.loads(bytes(record.tolist()))["refreshes"]
+            told = {} if record is None else json.loads(bytes(record.tolist()))
+            self.record, self.calibrated = told.get("refreshes", []), told.get("calibrated", False)
             self._drop_own(keep=names)
             for name in names:
                 if _is_own(name) and name.rpartition("_")[0] in self._buffers:

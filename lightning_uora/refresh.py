@@ -7,8 +7,9 @@ Three parts that know nothing of each other's insides: *which* (:func:`weakest`,
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_uora.config import ReinitSchedule
+from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.functional import one_thread
 from lightning_uora.layers import AdaptedModule, adapted_modules
 from lightning_uora.projection import Projections, projections_of, seeded_generator
+from lightning_uora.ranks import agreed, on_any_rank, summed
 from lightning_uora.rotation import basis, cosine, turned_rows, unit_rows, without
+from lightning_uora.sharding import edited, like, reshard_, whole
 
-__all__ = ["Refresher", "gradients_collected", "rebuild", "refresh", "weakest"]
+__all__ = ["Refresher", "gradients_collected", "rebuild", "rebuild_around", "refresh", "weakest"]
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -66,7 +69,8 @@ def refresh(
 
     Promises: rows keep their norm; staying rows are untouched; replaced rows are exactly orthogonal to all
     others where rank plus replaced rows fit into the dimension; what is drawn depends on the seed, the
-    projection and the number of the refresh alone; after an error nothing has changed.
+    projection and the number of the refresh alone; after an error nothing has changed. With several ranks
+    every rank must call it; all make the same refresh, see Note [One decision on all ranks].
 
     Args:
         model: The root that was given to ``attach_uora``.
@@ -88,17 +92,25 @@ def refresh(
 
 
 def rebuild(model: nn.Module) -> None:
-    """Set A and B from the configuration and the record alone, bit for bit on one machine."""
+    """Set A and B from the configuration and the record alone, bit for bit on one machine.
+
+    With ``init="inputs"`` A cannot be rebuilt, and stays as it is.
+    """
+    rebuild_around(model, projections_of(model).stored())
+
+
+def rebuild_around(model: nn.Module, given: dict[str, Tensor]) -> None:
+    """As :func:`rebuild`, with the projections in ``given`` taken as they are."""
     owner = projections_of(model)
     record = list(owner.record)
     owner.reset()
     with torch.no_grad():
+        for name, values in given.items():
+            owner.writable(name).copy_(values)
         for number, entry in enumerate(record):
             slots = {slot.key: slot for v in ("d", "b") for slot in _slots(model, v)}
-            turned = _turn(
-                owner, [(slots[key], chosen) for key, chosen in entry["rows"].items()], entry, number
-            )
-            _write(owner, turned)
+            plan = [(slots[key], rows) for key, rows in entry["rows"].items() if key not in given]
+            _write(owner, _turn(owner, plan, entry, number))
     owner.record = record
 
 
@@ -120,6 +132,13 @@ def weakest(scores: Iterable[Tensor], schedule: ReinitSchedule) -> list[int]:
     return sorted(weak[: math.floor(schedule.max_fraction * len(order))])
 
 
+# Note [One decision on all ranks]
+# d, b and an optimizer's moments are equal on all ranks, but sums of floats may differ in the last bit
+# between machines, and one row chosen otherwise would leave the ranks with different models for good. So the
+# first rank's choice of rows, and of candidates, counts for all; the rows themselves each rank draws from the
+# seed. Candidates are judged by the gradient of the whole batch, which is summed over the ranks.
+
+
 def _refresh(
     model: nn.Module,
     schedule: ReinitSchedule,
@@ -128,15 +147,12 @@ def _refresh(
     step: int,
 ) -> dict[str, list[int]]:
     owner = projections_of(model)
+    owner.require_calibrated("a refresh")
+    reshard_(model)
     _check(model, owner, schedule, step)
     if schedule.interpolation == 0.0:
         return {}
-    scores = _scores(model, schedule, optimizers, averages)
-    plan: list[tuple[Slot, list[int]]] = []
-    for vector in schedule.vectors:
-        for slot in _slots(model, vector):
-            chosen = weakest([scores[layer._uora.index, vector] for layer in slot.layers], schedule)
-            plan += [(slot, chosen)] if chosen else []
+    plan = _plan(model, schedule, _scores(model, schedule, optimizers, averages))
     if not plan:
         return {}
     entry: dict[str, Any] = {
@@ -147,7 +163,7 @@ def _refresh(
     with torch.no_grad():
         if schedule.growth == "gradient":
             entry["candidates"] = schedule.candidates
-            entry["picked"] = _pick(owner, plan, schedule.candidates)
+            entry["picked"] = agreed(_pick(owner, plan, schedule.candidates))
         _write(owner, _turn(owner, plan, entry, len(owner.record)))
         _settle(plan, schedule, optimizers)
     owner.record.append(entry)
@@ -155,28 +171,44 @@ def _refresh(
     return {key: list(chosen) for key, chosen in rows.items()}
 
 
+def _plan(
+    model: nn.Module, schedule: ReinitSchedule, scores: dict[tuple[int, str], Tensor]
+) -> list[tuple[Slot, list[int]]]:
+    """What to refresh, and which rows of it; see Note [One decision on all ranks]."""
+    slots = [slot for vector in schedule.vectors for slot in _slots(model, vector)]
+    chosen = agreed(
+        [weakest([scores[layer._uora.index, s.vector] for layer in s.layers], schedule) for s in slots]
+    )
+    return [(slot, rows) for slot, rows in zip(slots, chosen, strict=True) if rows]
+
+
 def _check(model: nn.Module, owner: Projections, schedule: ReinitSchedule, step: int) -> None:
     vectors = [(n, v, p) for n, m in adapted_modules(model) for v, p in (("d", m.uora_d), ("b", m.uora_b))]
-    finite = torch.stack([p.detach().isfinite().all() for _, _, p in vectors])
+    finite = torch.stack([whole(p.detach()).isfinite().all() for _, _, p in vectors])
     if not finite.all():
         name, vector, _ = vectors[int(finite.logical_not().nonzero()[0])]
         raise ValueError(f"{vector} of module {name!r} is not finite at step {step}; nothing was refreshed.")
-    if schedule.growth == "gradient":
-        require_growth_possible(owner.config.share, owner.config.dropout)
-        if not owner.gradients:
-            raise ValueError(
-                "growth='gradient' needs gradients: run backward inside `with gradients_collected(model):` "
-                "and "
-                "refresh there, or let the callback do both."
-            )
+    require_growth_possible(schedule.growth, owner.config)
+    if schedule.growth == "gradient" and not on_any_rank([bool(owner.gradients)])[0]:
+        raise ValueError(
+            "growth='gradient' needs gradients: run backward and refresh inside `with "
+            "lightning_uora.refresh.gradients_collected(model):`, or let the callback do both."
+        )
+    if schedule.growth == "inputs" and owner.unused_axes is None:
+        raise ValueError(
+            "growth='inputs' needs inputs: refresh inside `with "
+            "lightning_uora.calibration.inputs_observed(model, batches):`, or let the callback do both."
+        )
 
 
-def require_growth_possible(share: str, dropout: float) -> None:
-    """Raise ``ValueError`` where growth by gradient cannot be right."""
-    if share != "layer":
-        raise ValueError(f"growth='gradient' needs share='layer', got share={share!r}.")
-    if dropout > 0:
-        raise ValueError(f"growth='gradient' needs dropout=0.0, got dropout={dropout}.")
+def require_growth_possible(growth: str, config: UORAConfig) -> None:
+    """Raise ``ValueError`` where a growth cannot be right with a configuration."""
+    if growth == "gradient" and config.share != "layer":
+        raise ValueError(f"growth='gradient' needs share='layer', got share={config.share!r}.")
+    if growth == "gradient" and config.dropout > 0:
+        raise ValueError(f"growth='gradient' needs dropout=0.0, got dropout={config.dropout}.")
+    if growth == "inputs" and config.init != "inputs":
+        raise ValueError(f"growth='inputs' needs init='inputs', got init={config.init!r}: A is stored then.")
 
 
 def _slots(model: nn.Module, vector: str) -> list[Slot]:
@@ -199,11 +231,11 @@ def _scores(
     for name, layer in adapted_modules(model):
         for vector in schedule.vectors:
             parameter = layer.uora_d if vector == "d" else layer.uora_b
-            score = parameter.detach().abs()
+            score = whole(parameter.detach()).abs()
             if schedule.criterion == "ema":
                 if f"{name}:{vector}" not in averages:
                     raise ValueError("criterion='ema' needs averages over steps; let the callback keep them.")
-                score = averages[f"{name}:{vector}"]
+                score = whole(averages[f"{name}:{vector}"])
             elif schedule.criterion == "sensitivity":
                 score = score * _second_moment(name, parameter, optimizers).sqrt()
             scores[layer._uora.index, vector] = score.float().cpu()
@@ -215,7 +247,7 @@ def _second_moment(name: str, parameter: nn.Parameter, optimizers: list[Optimize
         for key in SECOND_MOMENTS:
             moment = optimizer.state.get(parameter, {}).get(key)
             if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                return moment
+                return whole(moment)
     raise ValueError(
         "criterion='sensitivity' needs an optimizer with second moments (Adam family, RMSprop) that has "
         "made a step "
@@ -238,8 +270,16 @@ def _turn(
             generator = seeded_generator(owner.config.seed, "refresh", number, slot.key)
             picked = entry.get("picked", {}).get(str(slot.layers[0]._uora.index))
             pool = entry.get("candidates", 0)
-            rows[chosen] = turned_rows(rows, chosen, entry["interpolation"], generator, pool, picked)
+            axes = _unused_axes(owner, slot)
+            rows[chosen] = turned_rows(rows, chosen, entry["interpolation"], generator, pool, picked, axes)
     return turned
+
+
+def _unused_axes(owner: Projections, slot: Slot) -> Callable[[Tensor, int], Tensor] | None:
+    """Of A under ``growth="inputs"``, where fresh rows come from."""
+    if owner.unused_axes is None or slot.key[0] != "A":
+        return None
+    return functools.partial(owner.unused_axes, slot.buffer)
 
 
 def _current(owner: Projections, name: str) -> Tensor:
@@ -250,7 +290,7 @@ def _current(owner: Projections, name: str) -> Tensor:
 
 def _write(owner: Projections, turned: dict[str, Tensor]) -> None:
     for name, values in turned.items():
-        owner.writable(name).copy_(values)
+        owner.writable(name).copy_(owner.rounded(name, values))
 
 
 # Note [What becomes of d]
@@ -272,18 +312,25 @@ def _settle(
     for (parameter, _), indices in touched.items():
         where = sorted(indices)
         if schedule.preserve_function:
-            parameter[where] *= factor
+            with edited(parameter) as values:
+                values[where] *= factor
         if schedule.reset_optimizer_state:
-            for optimizer in optimizers:
-                for key in FIRST_MOMENTS:
-                    moment = optimizer.state.get(parameter, {}).get(key)
-                    if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                        moment[where] = 0.0
+            for moment in _first_moments(parameter, optimizers):
+                with edited(moment) as values:
+                    values[where] = 0.0
+
+
+def _first_moments(parameter: nn.Parameter, optimizers: list[Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        for key in FIRST_MOMENTS:
+            moment = optimizer.state.get(parameter, {}).get(key)
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                yield moment
 
 
 def _pick(owner: Projections, plan: list[tuple[Slot, list[int]]], candidates: int) -> dict[str, list[int]]:
     """For each layer the candidates with the largest ``|(b * β)^T G α|``, one for each chosen row."""
-    assert owner.gradients is not None
+    gradients = owner.gradients or {}
     picked: dict[str, list[int]] = {}
     number = len(owner.record)
     for slot, chosen in plan:
@@ -292,18 +339,24 @@ def _pick(owner: Projections, plan: list[tuple[Slot, list[int]]], candidates: in
         if slot.key[0] != "B":
             continue
         pool = max(candidates, len(chosen))
-        betas = _candidates(owner, slot, number, pool) * layer.uora_b.detach().cpu()
+        betas = _candidates(owner, slot, number, pool) * whole(layer.uora_b.detach()).cpu()
         score = torch.zeros(pool)
         for part in layer.adapted_parts:
-            G = owner.gradients.get((index, part.name))
+            G = gradients.get((index, part.name))
             if G is None:
-                continue
-            G2 = G.detach().cpu()
+                G = torch.zeros(_shape(layer, part.name), device=layer.uora_b.device)
+            G2 = summed(G).detach().cpu()
             G2 = G2.t() if part.transposed else G2.reshape(part.m, part.n)
             alphas = _candidates(owner, Slot(f"A_{part.n}_{index}", "d", (layer,)), number, pool)
             score += ((betas[:, part.row : part.row + part.m] @ G2) * alphas).sum(1)
         picked[str(index)] = score.abs().argsort(descending=True, stable=True)[: len(chosen)].tolist()
     return picked
+
+
+def _shape(layer: AdaptedModule, name: str) -> torch.Size:
+    W = layer._parameters[name]
+    assert W is not None
+    return W.shape
 
 
 def _candidates(owner: Projections, slot: Slot, number: int, pool: int) -> Tensor:
@@ -364,7 +417,8 @@ class Refresher:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
-        return {"version": 1, "handled": self.handled, "refreshed": self.refreshed, "averages": self.averages}
+        averages = {name: whole(average).cpu() for name, average in self.averages.items()}
+        return {"version": 1, "handled": self.handled, "refreshed": self.refreshed, "averages": averages}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
@@ -387,8 +441,6 @@ class Refresher:
         if not self.is_due(step):
             return None
         owner = projections_of(model)
-        if owner.gradients is not None:
-            _sum_over_ranks(model, owner)
         rows = _refresh(model, self.schedule, _optimizers(optimizers), self.averages, step)
         owner.gradients = None
         self.handled = step
@@ -400,21 +452,7 @@ class Refresher:
             for vector, parameter in (("d", layer.uora_d), ("b", layer.uora_b)):
                 key, now = f"{name}:{vector}", parameter.detach().abs()
                 if key in self.averages:
-                    average = self.averages[key].to(now.device)
+                    average = like(self.averages[key], now)
                     self.averages[key] = average.mul_(EMA_DECAY).add_(now, alpha=1.0 - EMA_DECAY)
                 else:
                     self.averages[key] = now
-
-
-def _sum_over_ranks(model: nn.Module, owner: Projections) -> None:
-    """The same gradients on every rank, in one order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    assert owner.gradients is not None
-    for _, layer in adapted_modules(model):
-        for part in layer.adapted_parts:
-            key = (layer._uora.index, part.name)
-            W = layer._parameters[part.name]
-            assert W is not None
-            G = owner.gradients.setdefault(key, torch.zeros_like(W, dtype=torch.float32))
-            torch.distributed.all_reduce(G)

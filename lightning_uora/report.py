@@ -14,6 +14,7 @@ from torch import nn
 from lightning_uora.injection import named_adapters
 from lightning_uora.layers import AdaptedModule
 from lightning_uora.projection import projections_of
+from lightning_uora.sharding import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def plot_vectors(model: nn.Module) -> Figure:
     """Heat map of the magnitudes of d by layer and direction, refreshed entries marked; histograms by layer.
 
     Args:
-        model: The root that was given to ``attach_uora``.
+        model: The root that was given to ``attach_uora``. If it is sharded every rank must call this.
 
     Returns:
         A matplotlib figure that is not registered with pyplot (nothing to close).
@@ -105,7 +106,7 @@ def plot_vectors(model: nn.Module) -> Figure:
     """
     record = projections_of(model).record
     layers = list(named_adapters(model))
-    magnitudes = [module.uora_d.detach().abs().float().cpu().numpy() for _, module in layers]
+    magnitudes = [whole(module.uora_d.detach()).abs().float().cpu().numpy() for _, module in layers]
     figure = _figure(10, 1.5 + 0.22 * len(layers))
     heat, histogram = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
     image = heat.imshow(magnitudes, aspect="auto", interpolation="nearest", cmap="viridis")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["basis", "cosine", "turned_rows", "unit_rows", "without"]
+__all__ = ["basis", "cosine", "fresh_rows", "turned_rows", "unit_rows", "without"]
 
 
 def cosine(interpolation: float) -> float:
@@ -23,6 +23,7 @@ def turned_rows(
     generator: torch.Generator,
     pool: int = 0,
     picked: Sequence[int] | None = None,
+    directions: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """New values of the chosen rows: ``cos θ a + sin θ |a| R`` at the old norm, R fresh unit rows.
 
@@ -37,6 +38,8 @@ def turned_rows(
         generator: Source of R.
         pool: Draw that many directions and use those of ``picked``; 0: as many as are needed.
         picked: Indices into the pool, one for each chosen row.
+        directions: Given a block's orthonormal basis and a count, up to that many unit directions that come
+            before drawn ones.
 
     Shape:
         - ``rows``: (k, n), float32, on the CPU. Returns (len(chosen), n).
@@ -57,7 +60,11 @@ def turned_rows(
         block, local = rows[start : start + n], [chosen[k] - start for k in here]
         old = block[local]
         norm = old.norm(dim=1, keepdim=True)
-        turned = math.cos(angle) * old + math.sin(angle) * norm * _fresh(block, local, drawn[here])
+        wanted = drawn[here]
+        if directions is not None:
+            known = directions(basis(block), len(here)).to(wanted.dtype)
+            wanted = torch.cat([known, wanted[len(known) :]])
+        turned = math.cos(angle) * old + math.sin(angle) * norm * _fresh(block, local, wanted)
         new[here] = turned * (norm / turned.norm(dim=1, keepdim=True))
     return new
 
@@ -66,10 +73,7 @@ def _fresh(block: Tensor, local: list[int], drawn: Tensor) -> Tensor:
     """Unit rows made of ``drawn``, as orthogonal to ``block`` as its dimension allows."""
     k, n = block.shape
     if k + len(local) <= n:
-        R = without(drawn, basis(block))
-        Q, triangle = torch.linalg.qr(R.t())
-        unit: Tensor = (Q * triangle.diagonal().sign()).t()
-        return unit
+        return fresh_rows(drawn, basis(block))
     stay = [i for i in range(k) if i not in set(local)]
     own = unit_rows(block[local])
     R = without(drawn, basis(block[stay])) if stay else drawn
@@ -77,6 +81,13 @@ def _fresh(block: Tensor, local: list[int], drawn: Tensor) -> Tensor:
     lost = R.norm(dim=1, keepdim=True) < 1e-3 * drawn.norm(dim=1, keepdim=True)
     R = torch.where(lost, drawn - (drawn * own).sum(1, keepdim=True) * own, R)
     return unit_rows(R)
+
+
+def fresh_rows(drawn: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows made of ``drawn``, in their order, orthogonal to the columns of ``basis``."""
+    Q, triangle = torch.linalg.qr(without(drawn, basis).t())
+    unit: Tensor = (Q * triangle.diagonal().sign()).t()
+    return unit
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -54,6 +54,18 @@ QUERY_KEY_VALUE = frozenset(
         "linear_q",
         "linear_k",
         "linear_v",
+        "project_q",
+        "project_k",
+        "project_v",
+        "projection_query",
+        "projection_key",
+        "projection_value",
+        "q_head",
+        "k_head",
+        "v_head",
+        "queries",
+        "keys_values",
+        "queries_keys_values",
     ]
 )
 """Names that mean a query, key or value projection wherever they stand."""
@@ -75,6 +87,7 @@ SHORT_QUERY_KEY_VALUE = frozenset(
         "query_global",
         "key_global",
         "value_global",
+        "v_gate",
     ]
 )
 """Names that mean one inside an attention block, or beside each other."""
@@ -93,12 +106,15 @@ OUTPUT = frozenset(
         "final",
         "output",
         "linear_out",
+        "attention_out",
+        "post_proj",
+        "projection",
     ]
 )
 """Names of the output projection, in the block of a query, key or value projection."""
 ATTENTION = re.compile(r"att(?!_mlp)|xca|mhsa|mha", re.IGNORECASE)
 NOT_PROJECTION = re.compile(r"mlp|ffn|feed_forward|rel_pos|pos_embed", re.IGNORECASE)
-WRAPPERS = frozenset({"linear", "conv", "c", "ln", "base_layer"})
+WRAPPERS = frozenset({"linear", "conv", "convolution", "c", "ln", "base_layer"})
 """Names of the one layer inside a projection that is itself a small module (``attn.qkv.linear``)."""
 HEADS = frozenset(
     [
@@ -313,9 +329,14 @@ def _is_query_key_value(modules: dict[str, nn.Module], path: tuple[str, ...], le
 
 
 def _block(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The block around a projection: up to the innermost part that is called attention, else the parent."""
+    """The block around a projection: up to the innermost part that is called attention, else the parent.
+
+    Of ``attention.attention.query`` it is the outer one, beside whose inner one ``output.dense`` stands.
+    """
     for end in range(len(path), max(len(path) - 3, 0), -1):
         if ATTENTION.search(path[end - 1]):
+            while end > 1 and ATTENTION.search(path[end - 2]):
+                end -= 1
             return path[:end]
     return path
 

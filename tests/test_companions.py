@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    RichModelSummary,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 
-from lightning_uora import ReinitSchedule, named_adapters
+from lightning_uora import ReinitSchedule, attach_uora, named_adapters, param_groups
 from tests.toys import BuiltInConfigureModel, Toy, callback, data, trainer
 
 AVERAGING = [
@@ -84,3 +94,105 @@ def test_finders_leave_the_adapters_as_they_found_them(tmp_path, kind: str, tune
     run.fit(model)
     assert model.body[0].uora_b.abs().max() > 0
     assert model.uora_projections.record[0]["step"] == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_callback_saves_the_best_and_the_last(tmp_path, when: str):
+    """Wherever it stands in the list: its files hold the adapters as they were at that epoch."""
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last=True)
+    model, uora = Toy(), callback(checkpoint="adapter")
+    companions = (keep, uora) if when == "before" else (uora, keep)
+    trainer(*companions, enable_checkpointing=True, max_epochs=3).fit(model, data())
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt"]
+    states = [torch.load(tmp_path / name, weights_only=True)["state_dict"] for name in names]
+    assert not torch.equal(states[0]["body.0.uora_b"], states[1]["body.0.uora_b"])
+    assert torch.equal(states[2]["body.0.uora_b"], states[3]["body.0.uora_b"])
+    assert torch.equal(states[3]["body.0.uora_b"], model.body[0].uora_b)
+
+
+@pytest.mark.parametrize("summary", [ModelSummary, RichModelSummary])
+def test_a_model_summary_shows_the_adapted_model(capsys, caplog, summary):
+    """Frozen and trained parameters as they are in training: 2 adapters of 4 + 6, a head of 21."""
+    caplog.set_level("INFO")
+    trainer(callback(), summary(max_depth=2)).fit(Toy(), data())
+    shown = capsys.readouterr().out + caplog.text
+    assert "41" in [word for word in shown.replace("│", " ").split() if word.isdigit()]
+    assert "UORALinear" in shown
+
+
+def test_the_learning_rate_monitor_sees_the_groups(tmp_path):
+    class Groups(Toy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(param_groups(self, 0.01, 0.5))
+            return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+
+    monitor, logger = LearningRateMonitor(), CSVLogger(tmp_path)
+    trainer(callback(), monitor, logger=logger, log_every_n_steps=1).fit(Groups(), data())
+    assert monitor.lrs["lr-AdamW/pg1"] != monitor.lrs["lr-AdamW/pg2"]
+
+
+def test_backbone_finetuning_is_refused():
+    """It would train the frozen base from some epoch on."""
+    with pytest.raises(MisconfigurationException, match=r"BackboneFinetuning .*trainable_modules"):
+        trainer(callback(), BackboneFinetuning()).fit(Toy(), data())
+
+
+def test_pruning_of_adapted_weights_is_refused():
+    """With its default it prunes every weight; named modules that are not adapted are pruned."""
+    for pruning in (ModelPruning("l1_unstructured"), None):
+        model = Toy()
+        if pruning is None:
+            pruning = ModelPruning("l1_unstructured", parameters_to_prune=[(model.body[0], "weight")])
+        with pytest.raises(MisconfigurationException, match=r"ModelPruning .* adapted"):
+            trainer(callback(), pruning).fit(model, data())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pruning_of_other_weights_goes_on():
+    model = Toy()
+    pruning = ModelPruning("l1_unstructured", parameters_to_prune=[(model.head, "weight")], amount=0.5)
+    trainer(callback(), pruning).fit(model, data())
+    assert (model.head.weight == 0).sum() >= 9
+    assert all(module.uora_b.abs().max() > 0 for _, module in named_adapters(model))
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradient_clipping_reaches_the_vectors(algorithm: str):
+    """At a clip of zero nothing trains."""
+
+    class Plain(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)
+
+    model = Plain()
+    head = model.head.weight.clone()
+    trainer(callback(), gradient_clip_val=1e-12, gradient_clip_algorithm=algorithm).fit(model, data())
+    assert torch.allclose(model.head.weight, head, atol=1e-9)
+    for _, module in named_adapters(model):
+        assert module.uora_b.abs().max() < 1e-9
+    free = Plain()
+    trainer(callback()).fit(free, data())
+    assert all(module.uora_b.abs().max() > 1e-3 for _, module in named_adapters(free))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_compiled_module_trains_the_same(when: str):
+    """Compiled before the fit, and compiled after adapters were attached, on the eager backend."""
+    torch._dynamo.reset()
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Toy()
+        if when == "after":
+            attach_uora(model, callback().config)
+        fitted = torch.compile(model, backend="eager") if compiled else model
+        trainer(callback(reinit=ReinitSchedule(every_n_steps=3, threshold=2.0, start=2, stop=99))).fit(
+            fitted, data()
+        )
+        ends.append({name: p.detach() for name, p in model.named_parameters()})
+    assert ends[0].keys() == ends[1].keys()
+    for name, end in ends[0].items():
+        torch.testing.assert_close(ends[1][name], end)
+    assert all(end.abs().max() > 0 for name, end in ends[0].items() if name.endswith("uora_b"))

@@ -20,6 +20,8 @@ from lightning_uora import UORAConfig
         ("rank", True),
         ("rank", "8"),
         ("init", "normal"),
+        ("calibration_batches", 0),
+        ("calibration_batches", 1.5),
         ("d_init", float("nan")),
         ("d_init", float("inf")),
         ("d_init", "0.1"),

@@ -16,6 +16,7 @@ from lightning_uora import (
     attach_uora,
     detach_uora,
     named_adapters,
+    param_groups,
     summarize,
 )
 
@@ -270,3 +271,20 @@ def test_a_trained_adapter_survives_deepcopy_detach_of_the_copy():
     torch.testing.assert_close(twin(x), model(x))
     assert type(twin[0]) is nn.Linear
     assert len(list(named_adapters(model))) == 1
+
+
+def test_param_groups_give_the_vectors_a_rate_of_their_own_and_no_decay():
+    model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 2))
+    (whole,) = param_groups(model, 1e-3, 1e-1, weight_decay=0.5)
+    assert len(whole["params"]) == 6
+    attach_uora(model, UORAConfig(rank=4, target_modules=["0", "2"], trainable_modules=["3"]))
+    others, vectors = param_groups(model, 1e-3, 1e-1, weight_decay=0.5)
+    assert (others["lr"], others["weight_decay"]) == (1e-3, 0.5)
+    assert (vectors["lr"], vectors["weight_decay"]) == (1e-1, 0.0)
+    assert {id(p) for p in others["params"]} == {id(p) for p in model[3].parameters()}
+    expected = [v for _, module in named_adapters(model) for v in (module.uora_d, module.uora_b)]
+    assert {id(p) for p in vectors["params"]} == {id(v) for v in expected}
+    torch.optim.AdamW([others, vectors])
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model trains"):
+        param_groups(model, 1e-3, 1e-1)

@@ -376,7 +376,11 @@ def test_collected_gradients_are_those_of_the_effective_weight():
             "needs share='layer', got share='model'",
         ),
         (lambda: adapted("layer", dropout=0.1), ReinitSchedule(growth="gradient"), "needs dropout=0.0"),
-        (lambda: adapted("layer"), ReinitSchedule(growth="gradient"), "inside `with gradients_collected"),
+        (
+            lambda: adapted("layer"),
+            ReinitSchedule(growth="gradient"),
+            "inside `with lightning_uora.refresh.gradients_collected",
+        ),
         (lambda: adapted("layer"), ReinitSchedule(criterion="ema"), "criterion='ema' needs averages"),
         (lambda: nn.Linear(3, 3), ReinitSchedule(), "not the root of an adapted model"),
     ],

@@ -249,6 +249,22 @@ def test_a_checkpoint_between_a_step_and_its_refresh_resumes_to_the_same_run(tmp
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_growth_by_gradient_resumed_between_a_step_and_its_refresh_waits_for_a_gradient(tmp_path):
+    """Gradients of all weights are too large for a checkpoint: the refresh comes one step later."""
+    path = tmp_path / "between.ckpt"
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3 and not path.exists():
+                trainer.save_checkpoint(path)
+
+    trainer(Save(), refreshing(every_n_steps=2, growth="gradient")).fit(Toy(), equal_batches())
+    again = refreshing(every_n_steps=2, growth="gradient")
+    trainer(again).fit(Toy(), equal_batches(), ckpt_path=path)
+    assert steps_of(again) == [1, 4, 5, 7]
+
+
 def test_non_finite_vectors_stop_training_by_name():
     class Breaks(Toy):
         def on_train_batch_end(self, outputs, batch, batch_idx):

@@ -47,6 +47,8 @@ TEXT = {
     "T5Config": {"q", "k", "v", "o"},
     "CLIPVisionConfig": {"q_proj", "k_proj", "v_proj", "out_proj"},
     "WhisperConfig": {"q_proj", "k_proj", "v_proj", "out_proj"},
+    "CpmAntConfig": {"project_q", "project_k", "project_v", "attention_out"},
+    "FunnelConfig": {"q_head", "k_head", "v_head", "post_proj"},
 }
 
 
@@ -78,6 +80,20 @@ def test_attention_finds_vit_of_transformers_by_either_naming():
     assert all(".attention." in name for name in names)
 
 
+OF_FEATURE_MAPS = {
+    "CvtConfig": {"projection_query": 13, "projection_key": 13, "projection_value": 13, "dense": 13},
+    "LevitConfig": {"queries_keys_values": 12, "queries": 2, "keys_values": 2, "projection": 14},
+    "MobileViTV2Config": {"qkv_proj": 9, "out_proj": 9},
+}
+
+
+@pytest.mark.parametrize("config", OF_FEATURE_MAPS)
+def test_attention_finds_the_projections_of_attention_over_feature_maps(config: str):
+    names = [re.sub(r"\.(linear|convolution)$", "", name) for name in chosen(on_meta(config))]
+    leaves = [name.rsplit(".", 1)[-1] for name in names]
+    assert {leaf: leaves.count(leaf) for leaf in leaves} == OF_FEATURE_MAPS[config]
+
+
 VISION = {
     "vit_tiny_patch16_224": ({"qkv", "proj"}, 24),
     "swinv2_tiny_window8_256": ({"qkv", "proj"}, 24),
@@ -91,6 +107,7 @@ VISION = {
     "xcit_nano_12_p16_224": ({"qkv", "q", "k", "v", "proj"}, 32),
     "edgenext_xx_small": ({"qkv", "proj"}, 6),
     "mobilevit_s": ({"qkv", "proj"}, 18),
+    "iformer_t": ({"c"}, 20),
 }
 
 

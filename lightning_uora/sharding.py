@@ -1,0 +1,67 @@
+"""Sharded parameters (FSDP2's DTensors) for code that thinks in whole tensors.
+
+Reading a sharded tensor whole is a collective: every rank must do it, in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["edited", "is_sharded", "like", "reshard_", "whole"]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a parameter of the model is split over ranks."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole(t: Tensor) -> Tensor:
+    """The values of a tensor that may be sharded; a plain tensor is returned as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def like(values: Tensor, t: Tensor) -> Tensor:
+    """Whole ``values`` on the device of ``t``, and sharded as it is."""
+    values = values.to(t.device)
+    if isinstance(t, DTensor) and not isinstance(values, DTensor):
+        return cast(Tensor, distribute_tensor(values, t.device_mesh, t.placements))
+    return values
+
+
+@contextmanager
+def edited(t: Tensor) -> Iterator[Tensor]:
+    """The whole values of ``t``, to change in place; a sharded tensor takes its shard of the changes back."""
+    with torch.no_grad():
+        values = whole(t)
+        yield values
+        if values is not t:
+            t.copy_(like(values, t))
+
+
+def reshard_(model: nn.Module) -> None:
+    """Put the shards in place of parameters that FSDP2 left whole after a forward without backward.
+
+    What is written into a whole copy would be lost.
+    """
+    for module in model.modules():
+        if isinstance(module, _fsdp_module()):
+            cast("_Resharding", module).reshard()
+
+
+class _Resharding:
+    def reshard(self) -> None: ...
+
+
+def _fsdp_module() -> type:
+    """FSDP2's mixin, which moved; imported where it is needed, because it takes its time."""
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # torch 2.5
+        from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
+    return cast(type, FSDPModule)

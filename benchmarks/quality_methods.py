@@ -1,0 +1,111 @@
+"""The methods of ``quality.py``: how a model is made trainable, and one run of training and scoring."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import peft
+import torch
+from quality_tasks import Task
+from torch import nn
+
+from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, calibrate
+from lightning_uora.calibration import inputs_observed
+from lightning_uora.refresh import Refresher
+
+POLICIES: dict[str, ReinitSchedule | None] = {
+    "off": None,
+    "default": ReinitSchedule(),
+}
+"""Schedules of refreshes by the name that they have in the table."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: ``head``, ``full``, ``lora``, ``vera``, ``uora`` or ``uora+inputs``."""
+
+    name: str
+    rank: int = 0
+    refresh: str = "off"
+
+    def __str__(self) -> str:
+        rank = f" r {self.rank}" if self.rank else ""
+        return self.name + rank + (f", {self.refresh}" if self.refresh != "off" else "")
+
+
+def build(method: Method, task: Task, seed: int) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
+    """The model to train, what the method trains in it, and the task's head."""
+    model = task.model()
+    if method.name in ("lora", "vera"):
+        model = peft.get_peft_model(model, _peft_config(method, task.names, seed))
+    elif method.name.startswith("uora"):
+        init = "inputs" if method.name.endswith("+inputs") else "orthogonal"
+        attach_uora(model, UORAConfig(method.rank, task.names, trainable_modules=(), init=init, seed=seed))
+    else:
+        model.requires_grad_(method.name == "full")
+        if method.name == "head" and not task.head:
+            return model, [_own_output(model)], []
+    head = _head(model, task.head)
+    for parameter in head:
+        parameter.requires_grad_(True)
+    ours = {id(parameter) for parameter in head}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    return model, trained, head
+
+
+def _peft_config(method: Method, names: list[str], seed: int) -> peft.PeftConfig:
+    transposed = any(name.endswith("c_attn") for name in names)
+    if method.name == "vera":
+        return peft.VeraConfig(
+            r=method.rank, target_modules=names, projection_prng_key=seed, fan_in_fan_out=transposed
+        )
+    return peft.LoraConfig(
+        r=method.rank, lora_alpha=2 * method.rank, target_modules=names, fan_in_fan_out=transposed
+    )
+
+
+def _head(model: nn.Module, name: str) -> list[nn.Parameter]:
+    if not name:
+        return []
+    inner = model.base_model.model if isinstance(model, peft.PeftModel) else model
+    return list(inner.get_submodule(name).parameters())
+
+
+def _own_output(model: nn.Module) -> nn.Parameter:
+    """A language model's output layer, no longer tied to its embedding: what "head only" means there."""
+    output = model.get_output_embeddings()
+    output.weight = nn.Parameter(output.weight.detach().clone())
+    return output.weight
+
+
+def train(method: Method, task: Task, lr: float, seed: int) -> tuple[nn.Module, int, float]:
+    """Train one method. The model, its adapter parameters, and seconds with calibration and refreshes."""
+    torch.manual_seed(seed)
+    model, trained, head = build(method, task, seed)
+    start = time.perf_counter()
+    if method.name.endswith("+inputs"):
+        calibrate(model, task.order[:8], lambda index: task.run(model, index))
+    groups = [
+        {"params": trained or head, "lr": lr},
+        {"params": head if trained else [], "lr": task.head_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
+    schedule = POLICIES[method.refresh]
+    refresher = Refresher(schedule, schedule.due_steps(task.steps)) if schedule else None
+    model.train()
+    for step, index in enumerate(task.order, 1):
+        if refresher is not None:
+            refresher.before_step(model, step - 1)
+        optimizer.zero_grad()
+        task.loss(model, index).backward()
+        optimizer.step()
+        decay.step()
+        if refresher is not None:
+            looks = refresher.schedule.growth == "inputs" and refresher.is_due(step)
+            run = lambda index: task.run(model, index)  # noqa: E731
+            with inputs_observed(model, [index], run) if looks else nullcontext():
+                refresher.after_step(model, [optimizer], step)
+    return model, sum(p.numel() for p in trained), time.perf_counter() - start

@@ -1,0 +1,235 @@
+"""The tasks of ``quality.py``: what is adapted, to what, on which rows, and how the result is scored.
+
+Every task is real data that comes with Python or PyPI, split anew for each seed into training, validation and
+test rows. What a task needs to pretrain is kept in ``outputs/quality``.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import os
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from bundled import NOT_LIBRARY, digits, docstring_topics, minilm, shuffled
+from compare import quiet_transformers
+from small_lm import load
+from vision_timm import small_vit
+
+KEPT = Path("outputs", "quality")
+SPLITS = ("train", "val", "test")
+
+
+class Task:
+    """One problem for one seed: a model, rows, a loss and a score in points, higher is better.
+
+    Attributes:
+        base: The pretrained model with a fresh head; copy it before it is adapted.
+        names: Full names of the modules to adapt.
+        head: Name of the module that every method trains, or "".
+        rows: Row indices of each split.
+        order: For each training step, the indices of its batch.
+    """
+
+    metric = "accuracy"
+    head = ""
+    head_lr = 3e-3
+    steps, batch_size, sizes = 0, 0, (0, 0, 0)
+
+    def __init__(self, seed: int, total: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shuffled_rows = torch.randperm(total, generator=generator)[: sum(self.sizes)]
+        self.rows = dict(zip(SPLITS, shuffled_rows.split(self.sizes), strict=True))
+        drawn = torch.randint(self.sizes[0], (self.steps, self.batch_size), generator=generator)
+        self.order = list(self.rows["train"][drawn])
+        self.base: nn.Module = nn.Identity()
+        self.names: list[str] = []
+
+    def model(self) -> nn.Module:
+        """A copy to adapt."""
+        return copy.deepcopy(self.base)
+
+    def adapted(self, *leaves: str, within: str = "") -> list[str]:
+        """Full names of the modules whose last part is one of ``leaves``."""
+        names = (name for name, _ in self.base.named_modules() if within in name)
+        return [name for name in names if name.rpartition(".")[2] in leaves]
+
+    def run(self, model: nn.Module, index: Tensor) -> Any:
+        """Forward those rows."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, index: Tensor) -> Tensor:
+        """What training minimises."""
+        return nn.functional.cross_entropy(self.run(model, index), self.labels(index))
+
+    def labels(self, index: Tensor) -> Tensor:
+        """What :meth:`run` should say."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, split: str) -> float:
+        """Right answers among all, in percent."""
+        right = total = 0
+        for index in self.rows[split].split(64):
+            said, wanted = self.run(model.eval(), index).argmax(-1), self.labels(index)
+            right += int((said == wanted).sum())
+            total += wanted.numel()
+        return 100 * right / total
+
+
+class Digits(Task):
+    """A small timm ViT pretrained on the digits 0-4, adapted to 5-9, inverted and rotated by 90 degrees."""
+
+    head = "head"
+    steps, batch_size, sizes = 240, 64, (250, 250, 390)
+
+    def __init__(self, seed: int) -> None:
+        data = digits(range(5, 10), moved=True)
+        super().__init__(seed, len(data))
+        self.x, self.y = data.tensors
+        self.base = _pretrained_vit(seed)
+        torch.manual_seed(seed)
+        self.base.reset_classifier(5)
+        self.names = self.adapted("qkv", "proj", "fc1", "fc2", within="blocks.")
+
+    def run(self, model: nn.Module, index: Tensor) -> Tensor:
+        return model(self.x[index])
+
+    def labels(self, index: Tensor) -> Tensor:
+        return self.y[index]
+
+
+def _pretrained_vit(seed: int, epochs: int = 25) -> nn.Module:
+    kept = KEPT / f"vit-{seed}.pt"
+    model = small_vit()
+    if kept.exists():
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        return model
+    torch.manual_seed(seed)
+    model, data = small_vit(), digits(range(5), moved=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data)).split(64):
+            x, y = (t[batch] for t in data.tensors)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    _keep(model.state_dict(), kept)
+    return model
+
+
+class Docstrings(Task):
+    """MiniLM with its real pretrained weights, to ten topics of standard-library docstrings."""
+
+    head = "classifier"
+    steps, batch_size, sizes = 120, 16, (600, 300, 500)
+    leaves: tuple[str, ...] = ("query", "value")
+
+    def __init__(self, seed: int) -> None:
+        self.ids, self.mask, self.y = _tokenised_docstrings()
+        super().__init__(seed, len(self.y))
+        torch.manual_seed(seed)
+        self.base = _minilm()
+        self.names = self.adapted(*self.leaves, within="encoder.")
+
+    def run(self, model: nn.Module, index: Tensor) -> Tensor:
+        longest = int(self.mask[index].sum(1).max())
+        ids, mask = self.ids[index, :longest], self.mask[index, :longest]
+        return model(input_ids=ids, attention_mask=mask).logits
+
+    def labels(self, index: Tensor) -> Tensor:
+        return self.y[index]
+
+
+class DocstringsAll(Docstrings):
+    """The same with adapters on every linear layer of the encoder."""
+
+    leaves = ("query", "key", "value", "dense")
+
+
+def _minilm() -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    quiet_transformers()
+    return AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=10)
+
+
+@cache
+def _tokenised_docstrings(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    from transformers import AutoTokenizer
+
+    texts, labels = zip(*docstring_topics(), strict=True)
+    how = {"truncation": True, "max_length": length, "padding": "max_length", "return_tensors": "pt"}
+    tokens = AutoTokenizer.from_pretrained(minilm())(list(texts), **how)
+    return tokens["input_ids"], tokens["attention_mask"], torch.tensor(labels)
+
+
+class Code(Task):
+    """A small GPT-2 pretrained on half of the library's docstrings, adapted to the library's source code."""
+
+    metric = "token accuracy"
+    steps, batch_size, sizes = 240, 8, (300, 150, 300)
+    length = 64
+
+    def __init__(self, seed: int) -> None:
+        self.ids = _tokenised_code(self.length)
+        super().__init__(seed, len(self.ids))
+        self.base = load("", "gpt2", KEPT, epochs=5)[0]
+        self.names = self.adapted("c_attn", "c_fc", "c_proj")
+
+    def run(self, model: nn.Module, index: Tensor) -> Tensor:
+        return model(input_ids=self.ids[index, :-1]).logits
+
+    def labels(self, index: Tensor) -> Tensor:
+        return self.ids[index, 1:]
+
+    def loss(self, model: nn.Module, index: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.run(model, index).flatten(0, 1), self.labels(index).flatten())
+
+
+def _tokenised_code(length: int) -> Tensor:
+    """Rows of the library's source, comments and docstrings removed, files in a fixed random order."""
+    kept = KEPT / "code.pt"
+    if kept.exists():
+        return torch.load(kept, weights_only=True)
+    tokenizer, ids, root = load("", "gpt2", KEPT, epochs=5)[1], [], Path(sysconfig.get_paths()["stdlib"])
+    for path in shuffled(sorted(root.rglob("*.py"))):
+        if NOT_LIBRARY.isdisjoint(path.relative_to(root).parts) and len(ids) < 2000 * length:
+            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+            ids += tokenizer.encode(_without_docstrings(tree))[: 50 * length]
+    rows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    _keep(rows, kept)
+    return rows
+
+
+def _without_docstrings(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _keep(value: Any, path: Path) -> None:
+    """Written whole or not at all: two processes may want the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    torch.save(value, partial)
+    partial.replace(path)
+
+
+TASKS: dict[str, type[Task]] = {
+    "digits": Digits,
+    "docstrings": Docstrings,
+    "docstrings-all": DocstringsAll,
+    "code": Code,
+}

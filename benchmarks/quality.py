@@ -28,7 +28,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "task,method,rank,refresh,lr,seed,split,metric,value,adapter_params,seconds".split(",")
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-STARTS = {"full": 3, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
+STARTS = {"full": 1, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
 SEARCHED, SEEDS = 2, 8
 RANKS = (16, 4, 64, 256)
 

@@ -130,7 +130,8 @@ class Docstrings(Task):
     """MiniLM with its real pretrained weights, to ten topics of standard-library docstrings."""
 
     head = "classifier"
-    steps, batch_size, sizes = 120, 16, (600, 300, 500)
+    head_lr = 1e-2
+    steps, batch_size, sizes = 80, 16, (600, 200, 500)
     leaves: tuple[str, ...] = ("query", "value")
 
     def __init__(self, seed: int) -> None:

@@ -158,8 +158,8 @@ def carry_out(
 
 def quick() -> None:
     """Each task once by each method, eight steps; nothing is written."""
-    for task in ("digits", "docstrings", "code"):
-        for method in methods(("default",), ranks=(4,)):
+    for task in ("digits", "docstrings", "manual"):
+        for method in methods(("relative-0.5",), ranks=(4,)):
             print(*execute(Run(task, *method, GRID[STARTS[method[0]]], 0), quick=True), sep="\n", flush=True)
 
 
@@ -170,8 +170,8 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--tasks", nargs="+", default=["digits", "code", "docstrings", "docstrings-all"])
-    parser.add_argument("--refreshes", nargs="+", default=["default"], help="names in quality_methods.py")
+    parser.add_argument("--tasks", nargs="+", default=["digits", "manual", "docstrings", "docstrings-all"])
+    parser.add_argument("--refreshes", nargs="+", default=["relative-0.5"], help="names in quality_methods.py")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

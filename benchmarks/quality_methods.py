@@ -17,7 +17,7 @@ from lightning_uora.refresh import Refresher
 
 POLICIES: dict[str, ReinitSchedule | None] = {
     "off": None,
-    "default": ReinitSchedule(),
+    "relative-0.5": ReinitSchedule(),
 }
 """Schedules of refreshes by the name that they have in the table."""
 

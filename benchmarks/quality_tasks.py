@@ -6,20 +6,20 @@ test rows. What a task needs to pretrain is kept in ``outputs/quality``.
 
 from __future__ import annotations
 
-import ast
 import copy
 import os
 import sys
-import sysconfig
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from bundled import NOT_LIBRARY, digits, docstring_topics, minilm, shuffled
+from bundled import digits, docstring_topics, minilm
 from compare import quiet_transformers
 from small_lm import load
 from vision_timm import small_vit
@@ -42,6 +42,8 @@ class Task:
     metric = "accuracy"
     head = ""
     head_lr = 3e-3
+    base: nn.Module
+    names: list[str]
     steps, batch_size, sizes = 0, 0, (0, 0, 0)
 
     def __init__(self, seed: int, total: int) -> None:
@@ -50,8 +52,6 @@ class Task:
         self.rows = dict(zip(SPLITS, shuffled_rows.split(self.sizes), strict=True))
         drawn = torch.randint(self.sizes[0], (self.steps, self.batch_size), generator=generator)
         self.order = list(self.rows["train"][drawn])
-        self.base: nn.Module = nn.Identity()
-        self.names: list[str] = []
 
     def model(self) -> nn.Module:
         """A copy to adapt."""
@@ -173,21 +173,21 @@ def _tokenised_docstrings(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     return tokens["input_ids"], tokens["attention_mask"], torch.tensor(labels)
 
 
-class Code(Task):
-    """A small GPT-2 pretrained on half of the library's docstrings, adapted to the library's source code."""
+class Manual(Task):
+    """A small GPT-2 pretrained on half of the library's docstrings, adapted to Python's reference manual."""
 
     metric = "token accuracy"
-    steps, batch_size, sizes = 240, 8, (300, 150, 300)
+    steps, batch_size, sizes = 160, 8, (600, 150, 300)
     length = 64
 
     def __init__(self, seed: int) -> None:
-        self.ids = _tokenised_code(self.length)
+        self.base, tokenizer = load("", "gpt2", KEPT, epochs=5)
+        self.ids = _rows_of_tokens(tokenizer, "\n".join(topics.values()), self.length)
         super().__init__(seed, len(self.ids))
-        self.base = load("", "gpt2", KEPT, epochs=5)[0]
         self.names = self.adapted("c_attn", "c_fc", "c_proj")
 
     def run(self, model: nn.Module, index: Tensor) -> Tensor:
-        return model(input_ids=self.ids[index, :-1]).logits
+        return model(input_ids=self.ids[index, :-1], use_cache=False).logits
 
     def labels(self, index: Tensor) -> Tensor:
         return self.ids[index, 1:]
@@ -196,28 +196,9 @@ class Code(Task):
         return nn.functional.cross_entropy(self.run(model, index).flatten(0, 1), self.labels(index).flatten())
 
 
-def _tokenised_code(length: int) -> Tensor:
-    """Rows of the library's source, comments and docstrings removed, files in a fixed random order."""
-    kept = KEPT / "code.pt"
-    if kept.exists():
-        return torch.load(kept, weights_only=True)
-    tokenizer, ids, root = load("", "gpt2", KEPT, epochs=5)[1], [], Path(sysconfig.get_paths()["stdlib"])
-    for path in shuffled(sorted(root.rglob("*.py"))):
-        if NOT_LIBRARY.isdisjoint(path.relative_to(root).parts) and len(ids) < 2000 * length:
-            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-            ids += tokenizer.encode(_without_docstrings(tree))[: 50 * length]
-    rows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
-    _keep(rows, kept)
-    return rows
-
-
-def _without_docstrings(tree: ast.Module) -> str:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
-            ast.get_docstring(node, clean=False) is not None
-        ):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+def _rows_of_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
+    ids = torch.tensor(tokenizer.encode(text))
+    return ids[: len(ids) // length * length].reshape(-1, length)
 
 
 def _keep(value: Any, path: Path) -> None:
@@ -232,5 +213,5 @@ TASKS: dict[str, type[Task]] = {
     "digits": Digits,
     "docstrings": Docstrings,
     "docstrings-all": DocstringsAll,
-    "code": Code,
+    "manual": Manual,
 }

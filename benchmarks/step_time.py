@@ -1,159 +1,215 @@
-"""Step time and saved-for-backward bytes of UORA against the frozen floor and PEFT's VeRA.
+"""Step time and memory of UORA against the frozen floor, PEFT's VeRA and LoRA, and full fine-tuning.
 
-    python benchmarks/step_time.py            # all rows, about five minutes on two cores
-    python benchmarks/step_time.py --quick    # a smoke run of every row
+    python benchmarks/step_time.py                    # every part, half an hour on one core
+    python benchmarks/step_time.py table crossing     # some of: table, rank, tokens, layers, crossing, life
+    python benchmarks/step_time.py --quick            # a smoke run of every part, nothing is kept
+    python benchmarks/step_time.py --device cuda      # the shapes for one accelerator
 
-One process, one thread. Every method trains its own copy of one timm ViT on the same batch with AdamW;
-"floor" is the model with only ``cls_token`` trainable. Rounds visit the methods in turn; a ratio is the
-median over rounds of step time divided by the floor's step time in the same round. Saved bytes are what
-autograd keeps for backward, parameters and buffers left out, every storage counted once.
+One process, one thread on a CPU. Every method trains its own copy of one model with random weights on the same
+batch with AdamW; "floor" is the frozen model with one small parameter that trains (it does in every method).
+Rounds visit the methods in turn; a ratio is the median over rounds of a step's time divided by the floor's in
+the same round, with quartiles. "Saved" is what autograd keeps for backward beyond parameters and buffers, every
+storage once; "peak" by how much memory grows during a step. Rows go to ``benchmarks/results/step_time.csv``,
+replacing those of the same part, and from there to ``step_time.md`` and ``step_time.png``.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import resource
-import statistics
+import csv
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 
-import peft
-import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_uora import UORAConfig, attach_uora
+from lightning_uora import (
+    ReinitSchedule,
+    UORAConfig,
+    attach_uora,
+    detach_uora,
+    load_adapter,
+    named_adapters,
+    refresh,
+    save_adapter,
+)
+from lightning_uora.functional import factored_flops, merged_flops
 
-TARGETS = ["qkv"]
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import METHODS, SHAPES, build, interleaved, now
 
-
-def floor(model: nn.Module, rank: int) -> nn.Module:
-    """The frozen model; one small parameter trains, so that a backward runs through every block."""
-    model.requires_grad_(False)
-    model.cls_token.requires_grad_(True)
-    return model
-
-
-def uora(model: nn.Module, rank: int) -> nn.Module:
-    """This package."""
-    attach_uora(model, UORAConfig(rank=rank, target_modules=TARGETS, trainable_modules=()))
-    model.cls_token.requires_grad_(True)
-    return model
-
-
-def vera(model: nn.Module, rank: int) -> nn.Module:
-    """PEFT's VeRA."""
-    model = peft.get_peft_model(model, peft.VeraConfig(r=rank, target_modules=TARGETS))
-    model.base_model.model.cls_token.requires_grad_(True)
-    return model
-
-
-METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {"floor": floor, "uora": uora, "peft vera": vera}
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that one forward keeps for backward, without what the model holds anyway."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    seen: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        pointer = t.untyped_storage().data_ptr()
-        if pointer not in own:
-            seen[pointer] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(x).square().mean()
-        total = sum(seen.values())
-    del loss
-    return total
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "part,shape,precision,layers,rank,batch,tokens,method,ms,ratio,low,high,saved_mib,peak_mib,trained".split(",")
+)
+PARTS = ("table", "rank", "tokens", "layers", "crossing", "life")
+TABLE = [  # shape, layers, rank, batch
+    ("ViT-tiny", 12, 1024, 8),
+    ("ViT-tiny", 12, 64, 8),
+    ("ViT-small", 12, 1024, 8),
+    ("ViT-small", 12, 64, 4),
+    ("ViT-base", 12, 1024, 8),
+    ("ViT-base", 12, 64, 2),
+    ("BERT", 4, 256, 16),
+    ("GPT-2", 4, 256, 16),
+]
+ON_CUDA = [
+    ("ViT-base", 12, 1024, 64),
+    ("RoBERTa-large", 24, 1024, 32),
+    ("Llama 1B", 16, 1024, 4),
+    ("Llama 8B", 8, 1024, 2),
+]
 
 
-def training(name: str, rank: int, batch: int, rounds: int) -> None:
-    """One row for each method: ratio of its step to the floor's, and its saved bytes."""
-    base = timm.create_model(name, num_classes=10)
-    models = {method: build(copy.deepcopy(base), rank).train() for method, build in METHODS.items()}
-    x, y = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
-    optimizers = {
-        method: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for method, model in models.items()
-    }
-    times: dict[str, list[float]] = {method: [] for method in models}
-    for turn in range(rounds + 2):
-        for method, model in models.items():
-            start = time.perf_counter()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            optimizers[method].step()
-            optimizers[method].zero_grad()
+def models(part: str, shape: str, layers: int, rank: int, batch: int, given: argparse.Namespace) -> list[dict]:
+    """One row for each method on one model."""
+    spec = SHAPES[shape]
+    dtype = torch.bfloat16 if given.precision == "bf16-true" else torch.float32
+    base, x = spec.build(layers).to(given.device, dtype), spec.batch(batch).to(given.device)
+    x = x.to(dtype) if x.is_floating_point() else x
+    built = {method: build(spec, base, method, rank) for method in METHODS}
+    budget = 1 if given.quick else 40
+    readings = interleaved(built, x, budget, given.precision == "bf16-mixed", given.compile)
+    rows = []
+    for method, r in readings.items():
+        print(
+            f"{part} {shape}, {layers} layers, r {rank}, batch {batch}: {method:14} {r.seconds * 1e3:8.1f} ms "
+            f"{r.ratio:6.3f} x floor [{r.low:.3f}, {r.high:.3f}]  saved {r.saved / 2**20:7.1f} MiB, "
+            f"peak {r.peak / 2**20:7.1f} MiB",
+            flush=True,
+        )
+        precision = given.precision + (", compiled" if given.compile else "")
+        where = [part, shape, precision, layers, rank, batch, batch * spec.length]
+        what = [round(r.seconds * 1e3, 2), *(round(v, 4) for v in (r.ratio, r.low, r.high))]
+        memory = [round(r.saved / 2**20, 2), round(r.peak / 2**20, 2)]
+        rows.append(dict(zip(COLUMNS, [*where, method, *what, *memory, r.trained], strict=True)))
+    return rows
+
+
+def crossing(given: argparse.Namespace) -> Iterator[dict]:
+    """One layer alone, merged against factored, over tokens and ranks: where the cost model should decide."""
+    sizes = [(192, 576), (768, 768), (768, 2304)]
+    for n, m in sizes[:1] if given.quick else sizes:
+        for rank in (16,) if given.quick else (16, 64, 256, 1024):
+            for tokens in (64, 256) if given.quick else (64, 256, 1024, 4096):
+                yield from _one_layer(n, m, rank, tokens, given)
+
+
+def _one_layer(n: int, m: int, rank: int, tokens: int, given: argparse.Namespace) -> list[dict]:
+    x = torch.randn(tokens, n, device=given.device, requires_grad=True)
+    layers = {}
+    for how in ("merged", "factored"):
+        layers[how] = nn.Sequential(nn.Linear(n, m)).to(given.device)
+        attach_uora(layers[how], UORAConfig(rank, "all-linear", trainable_modules=(), compute=how))
+    g, times = torch.randn(tokens, m, device=given.device), {"merged": [], "factored": []}
+    for turn in range(3 if given.quick else 13):
+        for how, layer in layers.items():
+            start = now(x)
+            layer(x).backward(g)
             if turn >= 2:
-                times[method].append(time.perf_counter() - start)
-    saved = {method: saved_bytes(model, x) for method, model in models.items()}
-    for method in models:
-        ratios = [a / b for a, b in zip(times[method], times["floor"], strict=True)]
-        quarter = statistics.quantiles(ratios, n=4)
-        print(
-            f"{name:22} r {rank:5} batch {batch:2}  {method:10} "
-            f"{statistics.median(times[method]) * 1e3:8.1f} ms "
-            f"{statistics.median(ratios):6.3f} x floor  [{quarter[0]:.3f}, {quarter[2]:.3f}]  "
-            f"saved {saved[method] / 2**20:7.1f} MiB"
-        )
-    against = [a / b for a, b in zip(times["uora"], times["peft vera"], strict=True)]
-    print(
-        f"{'':22} uora / peft vera: time {statistics.median(against):.3f}, "
-        f"saved bytes {saved['uora'] / saved['peft vera']:.3f}"
-    )
+                times[how].append(now(x) - start)
+    merged, factored = (sorted(t)[len(t) // 2] for t in times.values())
+    counted = factored_flops(tokens, m, n, rank) / merged_flops(tokens, m, n, rank)
+    auto = factored if counted < 1 else merged
+    loss = auto / min(merged, factored)
+    print(f"{n} -> {m}, r {rank}, {tokens} tokens: factored / merged {factored / merged:.2f}, counted "
+          f"{counted:.2f}; the automatic choice {loss:.2f} x the better", flush=True)  # fmt: skip
+    rows = []
+    for method, seconds in (("merged", merged), ("factored", factored), ("auto", auto)):
+        row = ["crossing", f"{n} -> {m}", "32", 1, rank, tokens, tokens, method, round(seconds * 1e3, 3)]
+        ratio = [seconds / min(merged, factored), counted, 0.0, 0.0, 0.0, 0]
+        rows.append(dict(zip(COLUMNS, row + [round(v, 4) for v in ratio], strict=True)))
+    return rows
 
 
-def evaluation(name: str, rank: int, rounds: int) -> None:
-    """Inference without gradients, against the plain model."""
-    plain = timm.create_model(name, num_classes=10).eval()
-    adapted = uora(copy.deepcopy(plain), rank).eval()
-    x = torch.randn(8, 3, 224, 224)
-    ratios = []
-    with torch.inference_mode():
-        adapted(x)
-        for _ in range(rounds):
+def life(given: argparse.Namespace) -> Iterator[dict]:
+    """Seconds of what is done once: attach, refresh, save, load, merge of ViT-base."""
+    rank = 64 if given.quick else 1024
+    name = "ViT-tiny" if given.quick else "ViT-base"
+    model, other = (SHAPES[name].build(12).to(given.device) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    config = UORAConfig(rank=rank, target_modules="qkv", trainable_modules=())
+    schedule = ReinitSchedule(threshold=0.25, threshold_mode="fraction")
+    with tempfile.TemporaryDirectory() as folder:
+        works = {
+            "attach": lambda: attach_uora(model, config),
+            "refresh of a quarter": lambda: refresh(model, schedule),
+            "save": lambda: save_adapter(model, folder),
+            "load": lambda: load_adapter(other, folder),
+            "merge": lambda: detach_uora(model, merge=True),
+        }
+        for what, work in works.items():
+            if what == "refresh of a quarter":
+                with torch.no_grad():
+                    for _, module in named_adapters(model):
+                        module.uora_d.uniform_()
             start = time.perf_counter()
-            plain(x)
-            middle = time.perf_counter()
-            adapted(x)
-            ratios.append((time.perf_counter() - middle) / (middle - start))
-    print(f"{name:22} r {rank:5} eval      uora / plain {statistics.median(ratios):.3f}")
+            work()
+            seconds = time.perf_counter() - start
+            print(f"{name}, rank {rank}: {what} {seconds:.2f} s", flush=True)
+            row = ["life", name, "32", 12, rank, 0, 0, what, round(seconds * 1e3, 1), *[0.0] * 5, 0]
+            yield dict(zip(COLUMNS, row, strict=True))
 
 
-def attaching(name: str, rank: int) -> None:
-    """Seconds and peak memory growth of attach_uora, before and after LAPACK is loaded and warm."""
-    models = [timm.create_model(name), timm.create_model(name)]
-    for turn, model in zip(("first in the process", "second"), models, strict=True):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        uora(model, rank)
-        seconds = time.perf_counter() - start
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        own = sum(t.numel() * t.element_size() for t in model.uora_projections.buffers())
-        print(
-            f"{name:22} r {rank:5} attach    {seconds:.2f} s, peak memory grew by {grown / 2**20:.1f} MiB, "
-            f"{grown / own:.2f} x A + B ({turn})"
-        )
+def measured(part: str, given: argparse.Namespace) -> Iterator[dict]:
+    """All rows of one part."""
+    quick = given.quick
+    if part == "table":
+        rows = ON_CUDA if given.device == "cuda" else TABLE
+        for shape, layers, rank, batch in [("ViT-tiny", 1, 16, 1)] if quick else rows:
+            yield from models(part, shape, layers, rank, batch, given)
+    elif part == "rank":
+        for rank in (16,) if quick else (16, 64, 256, 1024):
+            yield from models(part, "ViT-tiny", 1 if quick else 4, rank, 1 if quick else 8, given)
+    elif part == "tokens":
+        for rank, batch in [(16, 1)] if quick else [(r, b) for r in (64, 1024) for b in (1, 4, 16, 64)]:
+            yield from models(part, "ViT-tiny", 1 if quick else 4, rank, batch, given)
+    elif part == "layers":
+        for layers in (1,) if quick else (2, 6, 12, 24):
+            yield from models(part, "ViT-tiny", layers, 16 if quick else 256, 1 if quick else 4, given)
+    else:
+        yield from (crossing if part == "crossing" else life)(given)
+
+
+def keep(part: str, rows: list[dict], precision: str) -> None:
+    """Put the rows of one part in place of those that the table has of it."""
+    path, old = RESULTS / "step_time.csv", []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = [r for r in csv.DictReader(file) if (r["part"], r["precision"]) != (part, precision)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
 
 
 def main() -> None:
-    """Run every row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three rounds each")
-    rounds = 3 if parser.parse_args().quick else 25
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true", help="only make the table and the plot anew")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    if not set(given.parts) <= set(PARTS):
+        parser.error(f"parts are {', '.join(PARTS)}; got {' '.join(given.parts)}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(
-        f"torch {torch.__version__}, peft {peft.__version__}, timm {timm.__version__}, one thread, {rounds} "
-        "rounds"
-    )
-    attaching("vit_base_patch16_224", 1024)
-    training("vit_tiny_patch16_224", 1024, 8, rounds)
-    training("vit_small_patch16_224", 64, 4, rounds)
-    evaluation("vit_tiny_patch16_224", 1024, 2 * rounds)
+    for part in () if given.report else given.parts or PARTS:
+        rows = list(measured(part, given))
+        if not given.quick:
+            keep(part, rows, rows[0]["precision"])
+    if not given.quick:
+        from step_time_report import report
+
+        report(RESULTS)
 
 
 if __name__ == "__main__":

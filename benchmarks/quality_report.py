@@ -1,0 +1,193 @@
+"""From ``results/quality.csv`` to ``results/quality.md`` and ``results/quality.png``.
+
+Means are over seeds on the test rows, at the learning rate that the validation rows chose. A difference is paired
+by seed; its interval is Student's, at 95 %.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from quality import Results, Run, read, search
+from scipy.stats import t as student
+
+Row = tuple[str, int, str]
+NAMES = {
+    "head": "head only",
+    "full": "full fine-tuning",
+    "lora": "PEFT LoRA",
+    "vera": "PEFT VeRA",
+    "uora": "UORA",
+    "uora+inputs": "UORA, `init=\"inputs\"`",
+}
+MARKS = {"head": "x", "full": "*", "lora": "s", "vera": "v", "uora": "o", "uora+inputs": "D"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of paired differences, half the width of its 95 % interval, and how many pairs."""
+
+    mean: float
+    half: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Test scores by task and method, seed by seed."""
+
+    scores: dict[str, dict[Row, dict[int, float]]]
+    parameters: dict[tuple[str, Row], int]
+    seconds: dict[tuple[str, Row], float]
+    rates: dict[tuple[str, Row], float]
+
+    def difference(self, task: str, one: Row, other: Row) -> Interval | None:
+        """``one`` less ``other``, over the seeds that both have; None for fewer than three."""
+        a, b = self.scores[task].get(one, {}), self.scores[task].get(other, {})
+        paired = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        if len(paired) < 3:
+            return None
+        half = student.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
+        return Interval(statistics.mean(paired), float(half), len(paired))
+
+
+def tabulate(path: Path) -> Table:
+    """The chosen runs of the table of all runs."""
+    done: Results = read(path)
+    table = Table({}, {}, {}, {})
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    for key in dict.fromkeys((r["task"], r["method"], int(r["rank"]), r["refresh"]) for r in rows):
+        task, *method = key
+        row: Row = tuple(method)
+        lr, _ = search(task, row, done)
+        runs = {run.seed: run for run in done if (run.task, run.method, run.rank, run.refresh) == key}
+        chosen = {seed: done.get(Run(task, *row, lr, seed), {}).get("test") for seed in runs} if lr else {}
+        values = {seed: value for seed, value in sorted(chosen.items()) if value is not None}
+        if not values:
+            continue
+        table.scores.setdefault(task, {})[row] = values
+        mine = [r for r in rows if (r["task"], r["method"], int(r["rank"]), r["refresh"]) == key]
+        mine = [r for r in mine if float(r["lr"]) == lr]
+        table.parameters[task, row] = int(mine[0]["adapter_params"])
+        table.seconds[task, row] = statistics.median(float(r["seconds"]) for r in mine)
+        table.rates[task, row] = lr
+    return table
+
+
+def scores(table: Table, task: str) -> Iterator[str]:
+    """A line of Markdown for each method of a task."""
+    yield "| method | rank | refresh | lr | adapter parameters | score | − LoRA r 8 | seconds | seeds |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row, values in sorted(table.scores[task].items(), key=lambda item: _place(item[0])):
+        method, rank, refresh = row
+        mean, error = statistics.mean(values.values()), _error(list(values.values()))
+        against = table.difference(task, row, ("lora", 8, "off")) if row != ("lora", 8, "off") else None
+        yield (
+            f"| {NAMES[method]} | {rank or ''} | {refresh} | {table.rates[task, row]:g} | "
+            f"{table.parameters[task, row]:,} | {mean:.1f} ± {error:.1f} | {against or ''} | "
+            f"{table.seconds[task, row]:.0f} | {len(values)} |"
+        )
+
+
+def _place(row: Row) -> tuple[int, int, str]:
+    return list(NAMES).index(row[0]), row[1], "" if row[2] == "off" else row[2]
+
+
+def _error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def goals(table: Table) -> Iterator[str]:
+    """Where each of the three goals stands, as Markdown."""
+    yield "### UORA at rank r against PEFT's VeRA at rank 4 r\n"
+    yield "Goal: on every task the whole interval above -0.5.\n"
+    yield from _differences(table, _against_vera(table), lambda found: found.mean - found.half > -0.5)
+    yield "\n### UORA against LoRA r 8, and how many times fewer parameters it trains\n"
+    yield "Goal: within 1 point (the mean), at 15 x fewer, 8 x on `manual`.\n"
+    yield from _differences(table, _against_lora(table), lambda found: found.mean > -1.0)
+    yield "\n### Refreshes on, less off\n"
+    yield "Goal: the interval above zero on two tasks at ranks up to 16; at the defaults never below -0.3.\n"
+    yield from _differences(table, _on_off(table), lambda found: found.mean - found.half > 0.0)
+
+
+Comparison = tuple[str, str, Row, Row]
+
+
+def _against_vera(table: Table) -> Iterator[Comparison]:
+    for task, methods in table.scores.items():
+        for row in sorted(methods, key=_place):
+            if row[0].startswith("uora") and row[2] == "off" and ("vera", 4 * row[1], "off") in methods:
+                yield task, "", row, ("vera", 4 * row[1], "off")
+
+
+def _against_lora(table: Table) -> Iterator[Comparison]:
+    lora = ("lora", 8, "off")
+    for task, methods in table.scores.items():
+        for row in sorted(methods, key=_place):
+            if row[0].startswith("uora") and row[2] == "off" and lora in methods:
+                fewer = table.parameters[task, lora] / table.parameters[task, row]
+                yield task, f"{fewer:.1f} x", row, lora
+
+
+def _on_off(table: Table) -> Iterator[Comparison]:
+    for task, methods in table.scores.items():
+        for row in sorted(methods, key=_place):
+            if row[0].startswith("uora") and row[2] != "off":
+                yield task, row[2], row, (row[0], row[1], "off")
+
+
+def _differences(table: Table, pairs: Iterable[Comparison], holds) -> Iterator[str]:  # noqa: ANN001
+    yield "| task | UORA | | difference | seeds | holds |"
+    yield "|---|---|---|---|---|---|"
+    for task, about, one, other in pairs:
+        found = table.difference(task, one, other)
+        if found is not None:
+            name = f"{NAMES[one[0]]}, r {one[1]}"
+            yield f"| {task} | {name} | {about} | {found} | {found.pairs} | {'yes' if holds(found) else 'no'} |"
+
+
+def draw(table: Table) -> Figure:
+    """Score against trainable adapter parameters, a panel for each task; bars are standard errors."""
+    figure = Figure(figsize=(4.2 * len(table.scores), 4), layout="constrained")
+    for place, (task, methods) in zip(
+        figure.subplots(1, len(table.scores), squeeze=False)[0], table.scores.items(), strict=True
+    ):
+        for method, mark in MARKS.items():
+            rows = [row for row in sorted(methods, key=_place) if row[0] == method and row[2] == "off"]
+            if not rows:
+                continue
+            y = [statistics.mean(methods[row].values()) for row in rows]
+            error = [_error(list(methods[row].values())) for row in rows]
+            label = NAMES[method].replace("`", "")
+            if method in ("head", "full"):
+                colour = "black" if method == "full" else "grey"
+                place.axhline(y[0], color=colour, linestyle="--", linewidth=1, label=label)
+            else:
+                x = [table.parameters[task, row] for row in rows]
+                place.errorbar(x, y, error, marker=mark, capsize=2, linewidth=1, label=label)
+        place.set(xscale="log", xlabel="adapter parameters", title=task)
+        place.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test score, points")
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def report(folder: Path) -> None:
+    """Write the Markdown and the plot, and print where they are."""
+    table = tabulate(folder / "quality.csv")
+    lines = ["# Quality\n", f"{__doc__.partition(chr(10) * 2)[2]}"]
+    for task in table.scores:
+        lines += [f"\n## {task}\n", *scores(table, task)]
+    lines += ["\n## The goals\n", *goals(table), ""]
+    (folder / "quality.md").write_text("\n".join(lines))
+    draw(table).savefig(folder / "quality.png", dpi=110)
+    print(folder / "quality.md", folder / "quality.png")

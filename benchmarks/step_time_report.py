@@ -1,0 +1,127 @@
+"""From ``results/step_time.csv`` to ``results/step_time.md`` and ``results/step_time.png``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+LINES = ("uora", "peft vera", "peft lora r 8", "full")
+
+
+def groups(rows: list[dict[str, str]], *parts: str) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
+    """Rows of those parts by model and size, then by method."""
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["part"] in parts:
+            key = tuple(row[name] for name in ("shape", "precision", "layers", "rank", "batch", "tokens"))
+            found.setdefault(key, {})[row["method"]] = row
+    return found
+
+
+def table(rows: list[dict[str, str]]) -> Iterator[str]:
+    """Ratios to the floor, one line for each model."""
+    yield (
+        "| model, layers, rank, tokens | floor, ms | UORA | merged | factored | PEFT VeRA | PEFT LoRA r 8 | full "
+        "| UORA / VeRA | saved, MiB: UORA, VeRA, LoRA | peak, MiB: UORA, VeRA, LoRA |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for (shape, precision, layers, rank, _, tokens), by in groups(rows, "table").items():
+        against = float(by["uora"]["ms"]) / float(by["peft vera"]["ms"])
+        three = [by[name] for name in ("uora", "peft vera", "peft lora r 8")]
+        saved, peak = (", ".join(f"{float(row[k]):.0f}" for row in three) for k in ("saved_mib", "peak_mib"))
+        name = f"{shape}, {layers}, {rank}, {tokens}" + ("" if precision == "32" else f", {precision}")
+        yield (
+            f"| {name} | {float(by['floor']['ms']):.0f} | {_ratio(by['uora'])} | {_short(by['uora merged'])} | "
+            f"{_short(by['uora factored'])} | {_short(by['peft vera'])} | {_short(by['peft lora r 8'])} | "
+            f"{_short(by['full'])} | {against:.2f} | {saved} | {peak} |"
+        )
+
+
+def _ratio(row: dict[str, str]) -> str:
+    return f"**{float(row['ratio']):.3f}** [{float(row['low']):.3f}, {float(row['high']):.3f}]"
+
+
+def _short(row: dict[str, str]) -> str:
+    return f"{float(row['ratio']):.2f}"
+
+
+def choices(rows: list[dict[str, str]]) -> Iterator[str]:
+    """How good the automatic choice is: of whole models, then of single layers."""
+    worst = []
+    for key, by in groups(rows, "table", "rank", "tokens", "layers").items():
+        auto, better = (
+            float(by["uora"]["ratio"]),
+            min(float(by[f"uora {how}"]["ratio"]) for how in ("merged", "factored")),
+        )
+        worst.append((auto / better, key))
+    if worst:
+        ratio, key = max(worst)
+        near = sum(r <= 1.1 for r, _ in worst)
+        yield (
+            f"Whole models: the automatic choice is within 10 % of the better form in {near} of {len(worst)}; at "
+            f"worst {ratio:.2f} x ({', '.join(key)})."
+        )
+    layers = groups(rows, "crossing")
+    lost = {key: float(by["auto"]["ratio"]) for key, by in layers.items()}
+    if lost:
+        key = max(lost, key=lambda k: lost[k])
+        near = sum(r <= 1.1 for r in lost.values())
+        yield (
+            f"Single layers: within 10 % in {near} of {len(lost)}; at worst {lost[key]:.2f} x (layer {key[0]}, rank "
+            f"{key[3]}, {key[5]} tokens)."
+        )
+
+
+def once(rows: list[dict[str, str]]) -> Iterator[str]:
+    """What is done once."""
+    found = [row for row in rows if row["part"] == "life"]
+    if found:
+        what = ", ".join(f"{row['method']} {float(row['ms']) / 1e3:.2f} s" for row in found)
+        yield f"{found[0]['shape']}, rank {found[0]['rank']}, `qkv`: {what}."
+
+
+def draw(rows: list[dict[str, str]]) -> Figure:
+    """Time against rank, tokens and layers, and the crossing of the two forms."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    places = figure.subplots(1, 4)
+    _line(places[0], groups(rows, "rank"), 3, "rank (4 layers, 1,576 tokens)")
+    tokens = groups(rows, "tokens")
+    _line(places[1], {k: v for k, v in tokens.items() if k[3] == "1024"}, 5, "tokens (4 layers, rank 1024)")
+    _line(places[2], groups(rows, "layers"), 2, "layers (rank 256, 788 tokens)")
+    places[0].legend(fontsize=8)
+    places[0].set_ylabel("step, x frozen floor")
+    for key, by in groups(rows, "crossing").items():
+        merged, factored = float(by["merged"]["ms"]), float(by["factored"]["ms"])
+        places[3].loglog(float(by["auto"]["low"]), factored / merged, "o", color="C0", markersize=4)
+        del key
+    places[3].axvline(1, color="grey", linewidth=0.8)
+    places[3].axhline(1, color="grey", linewidth=0.8)
+    places[3].set(xlabel="factored / merged, counted operations", ylabel="factored / merged, measured time")
+    for place in places:
+        place.grid(alpha=0.3)
+    return figure
+
+
+def _line(place: Axes, found: dict[tuple[str, ...], dict[str, dict[str, str]]], field: int, name: str) -> None:
+    """Ratio with quartiles of every method over one field of the key."""
+    for method in LINES:
+        rows = [(int(key[field]), by[method]) for key, by in found.items() if method in by]
+        x, y = [k for k, _ in rows], [float(row["ratio"]) for _, row in rows]
+        low = [float(row["ratio"]) - float(row["low"]) for _, row in rows]
+        high = [float(row["high"]) - float(row["ratio"]) for _, row in rows]
+        place.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, linewidth=1, label=method)
+    place.set(xscale="log", yscale="log", xlabel=name)
+
+
+def report(folder: Path) -> None:
+    """Write the Markdown and the plot."""
+    with (folder / "step_time.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["# Step time and memory\n", *table(rows), "", *choices(rows), "", *once(rows), ""]
+    (folder / "step_time.md").write_text("\n".join(lines))
+    draw(rows).savefig(folder / "step_time.png", dpi=110)
+    print("\n".join(lines))

@@ -4,12 +4,12 @@
     python benchmarks/quality.py --quick    # every task and method in a small form; minutes, nothing is kept
     python benchmarks/quality.py --report   # only table and plot
 
-Every run is one process on one thread, as many at a time as there are cores. For a seed all methods start from
-the same weights and head and see the same batches. Learning rates come from one grid for all methods: from a
-starting point the search goes on to the neighbours until none has a better mean on the validation rows of the
-first two seeds; refreshes take the rate that was chosen without them. Only then are the other seeds run. A run
-writes two rows to ``benchmarks/results/quality.csv``, validation and test, as soon as it is over, and a run
-that is there is not made again.
+Every run is one process on one thread, as many at a time as there are cores. For a seed all methods start
+from the same weights and head and see the same batches. Learning rates come from one grid for all methods:
+from a starting point the search goes on to the neighbours until none has a better mean on the validation rows
+of the first two seeds; refreshes take the rate that was chosen without them. Only then are the other seeds
+run. A run writes two rows to ``benchmarks/results/quality.csv``, validation and test, as soon as it is over,
+and a run that is there is not made again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = "task,method,rank,refresh,lr,seed,split,metric,value,adapter_params,seconds".split(",")
+COLUMNS = ["task", "method", "rank", "refresh", "lr", "seed", "split", "metric", "value"]
+COLUMNS += ["adapter_params", "seconds"]
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STARTS = {"full": 1, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
 SEARCHED, SEEDS = 2, 8
@@ -87,20 +88,17 @@ def wanted(tasks: list[str], rows: list[tuple[str, int, str]], seeds: int, done:
     yield from sorted((run for run in later if run not in done), key=lambda run: run.seed)
 
 
-def execute(run: Run, quick: bool = False, splits: tuple[str, ...] = ("val", "test")) -> list[dict]:
+def execute(run: Run, quick: bool = False) -> list[dict]:
     """Train and score; the rows of the table. Runs in a process of its own."""
     import torch
     from quality_methods import Method, train
     from quality_tasks import TASKS
 
     torch.set_num_threads(1)
-    task = TASKS[run.task](run.seed)
-    if quick:
-        task.order = task.order[:8]
-        task.rows = {split: rows[:32] for split, rows in task.rows.items()}
+    task = TASKS[run.task](run.seed, quick)
     model, count, seconds = train(Method(run.method, run.rank, run.refresh), task, run.lr, run.seed)
     row = {**run.__dict__, "metric": task.metric, "adapter_params": count, "seconds": round(seconds, 2)}
-    return [{**row, "split": split, "value": round(task.score(model, split), 3)} for split in splits]
+    return [{**row, "split": split, "value": round(task.score(model, split), 3)} for split in ("val", "test")]
 
 
 def read(path: Path) -> Results:
@@ -156,9 +154,9 @@ def carry_out(
                 print(run, done[run], f"{found[0]['seconds']} s", flush=True)
 
 
-def quick() -> None:
-    """Each task once by each method, eight steps; nothing is written."""
-    for task in ("digits", "docstrings", "manual"):
+def quick(tasks: list[str]) -> None:
+    """Each task once by each method, eight steps; no result is kept."""
+    for task in tasks:
         for method in methods(("relative-0.5",), ranks=(4,)):
             print(*execute(Run(task, *method, GRID[STARTS[method[0]]], 0), quick=True), sep="\n", flush=True)
 
@@ -171,7 +169,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=["digits", "manual", "docstrings", "docstrings-all"])
-    parser.add_argument("--refreshes", nargs="+", default=["relative-0.5"], help="names in quality_methods.py")
+    parser.add_argument("--refreshes", nargs="+", default=["relative-0.5"], help="of POLICIES")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -180,7 +178,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     if given.quick:
-        return quick()
+        return quick(given.tasks)
     if not given.report:
         rows = methods(tuple(given.refreshes), tuple(given.ranks))
         carry_out(given.tasks, rows, given.seeds, given.workers, given.minutes)

@@ -1,14 +1,14 @@
 """From ``results/quality.csv`` to ``results/quality.md`` and ``results/quality.png``.
 
-Means are over seeds on the test rows, at the learning rate that the validation rows chose. A difference is paired
-by seed; its interval is Student's, at 95 %.
+Means are over seeds on the test rows, at the learning rate that the validation rows chose, with standard
+errors. A difference is paired by seed; its interval is Student's, at 95 %.
 """
 
 from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ NAMES = {
     "lora": "PEFT LoRA",
     "vera": "PEFT VeRA",
     "uora": "UORA",
-    "uora+inputs": "UORA, `init=\"inputs\"`",
+    "uora+inputs": 'UORA, `init="inputs"`',
 }
 MARKS = {"head": "x", "full": "*", "lora": "s", "vera": "v", "uora": "o", "uora+inputs": "D"}
 
@@ -85,7 +85,7 @@ def tabulate(path: Path) -> Table:
 
 def scores(table: Table, task: str) -> Iterator[str]:
     """A line of Markdown for each method of a task."""
-    yield "| method | rank | refresh | lr | adapter parameters | score | − LoRA r 8 | seconds | seeds |"
+    yield "| method | rank | refresh | lr | adapter parameters | score | - LoRA r 8 | seconds | seeds |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row, values in sorted(table.scores[task].items(), key=lambda item: _place(item[0])):
         method, rank, refresh = row
@@ -145,14 +145,16 @@ def _on_off(table: Table) -> Iterator[Comparison]:
                 yield task, row[2], row, (row[0], row[1], "off")
 
 
-def _differences(table: Table, pairs: Iterable[Comparison], holds) -> Iterator[str]:  # noqa: ANN001
+def _differences(
+    table: Table, pairs: Iterable[Comparison], holds: Callable[[Interval], bool]
+) -> Iterator[str]:
     yield "| task | UORA | | difference | seeds | holds |"
     yield "|---|---|---|---|---|---|"
     for task, about, one, other in pairs:
         found = table.difference(task, one, other)
         if found is not None:
-            name = f"{NAMES[one[0]]}, r {one[1]}"
-            yield f"| {task} | {name} | {about} | {found} | {found.pairs} | {'yes' if holds(found) else 'no'} |"
+            name, verdict = f"{NAMES[one[0]]}, r {one[1]}", "yes" if holds(found) else "no"
+            yield f"| {task} | {name} | {about} | {found} | {found.pairs} | {verdict} |"
 
 
 def draw(table: Table) -> Figure:

@@ -1,7 +1,8 @@
 """The tasks of ``quality.py``: what is adapted, to what, on which rows, and how the result is scored.
 
 Every task is real data that comes with Python or PyPI, split anew for each seed into training, validation and
-test rows. What a task needs to pretrain is kept in ``outputs/quality``.
+test rows. What a task needs to pretrain is kept in ``outputs/quality``; in a quick run it is pretrained for
+one epoch, and kept apart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bundled import digits, docstring_topics, minilm
@@ -24,7 +26,6 @@ from compare import quiet_transformers
 from small_lm import load
 from vision_timm import small_vit
 
-KEPT = Path("outputs", "quality")
 SPLITS = ("train", "val", "test")
 
 
@@ -46,7 +47,9 @@ class Task:
     names: list[str]
     steps, batch_size, sizes = 0, 0, (0, 0, 0)
 
-    def __init__(self, seed: int, total: int) -> None:
+    def __init__(self, seed: int, total: int, quick: bool) -> None:
+        if quick:
+            self.steps, self.sizes = 8, (32, 32, 32)
         generator = torch.Generator().manual_seed(seed)
         shuffled_rows = torch.randperm(total, generator=generator)[: sum(self.sizes)]
         self.rows = dict(zip(SPLITS, shuffled_rows.split(self.sizes), strict=True))
@@ -91,24 +94,30 @@ class Digits(Task):
     head = "head"
     steps, batch_size, sizes = 240, 64, (250, 250, 390)
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, quick: bool = False) -> None:
         data = digits(range(5, 10), moved=True)
-        super().__init__(seed, len(data))
+        super().__init__(seed, len(data), quick)
         self.x, self.y = data.tensors
-        self.base = _pretrained_vit(seed)
+        self.base = _pretrained_vit(seed, quick)
         torch.manual_seed(seed)
         self.base.reset_classifier(5)
         self.names = self.adapted("qkv", "proj", "fc1", "fc2", within="blocks.")
 
+    @override
     def run(self, model: nn.Module, index: Tensor) -> Tensor:
         return model(self.x[index])
 
+    @override
     def labels(self, index: Tensor) -> Tensor:
         return self.y[index]
 
 
-def _pretrained_vit(seed: int, epochs: int = 25) -> nn.Module:
-    kept = KEPT / f"vit-{seed}.pt"
+def _kept(quick: bool) -> Path:
+    return Path("outputs", "quality-quick" if quick else "quality")
+
+
+def _pretrained_vit(seed: int, quick: bool) -> nn.Module:
+    kept = _kept(quick) / f"vit-{seed}.pt"
     model = small_vit()
     if kept.exists():
         model.load_state_dict(torch.load(kept, weights_only=True))
@@ -116,7 +125,7 @@ def _pretrained_vit(seed: int, epochs: int = 25) -> nn.Module:
     torch.manual_seed(seed)
     model, data = small_vit(), digits(range(5), moved=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
+    for _ in range(1 if quick else 25):
         for batch in torch.randperm(len(data)).split(64):
             x, y = (t[batch] for t in data.tensors)
             optimizer.zero_grad()
@@ -134,18 +143,20 @@ class Docstrings(Task):
     steps, batch_size, sizes = 80, 16, (600, 200, 500)
     leaves: tuple[str, ...] = ("query", "value")
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, quick: bool = False) -> None:
         self.ids, self.mask, self.y = _tokenised_docstrings()
-        super().__init__(seed, len(self.y))
+        super().__init__(seed, len(self.y), quick)
         torch.manual_seed(seed)
         self.base = _minilm()
         self.names = self.adapted(*self.leaves, within="encoder.")
 
+    @override
     def run(self, model: nn.Module, index: Tensor) -> Tensor:
         longest = int(self.mask[index].sum(1).max())
         ids, mask = self.ids[index, :longest], self.mask[index, :longest]
         return model(input_ids=ids, attention_mask=mask).logits
 
+    @override
     def labels(self, index: Tensor) -> Tensor:
         return self.y[index]
 
@@ -180,20 +191,24 @@ class Manual(Task):
     steps, batch_size, sizes = 160, 8, (600, 150, 300)
     length = 64
 
-    def __init__(self, seed: int) -> None:
-        self.base, tokenizer = load("", "gpt2", KEPT, epochs=5)
+    def __init__(self, seed: int, quick: bool = False) -> None:
+        self.base, tokenizer = load("", "gpt2", _kept(quick), epochs=1 if quick else 5)
         self.ids = _rows_of_tokens(tokenizer, "\n".join(topics.values()), self.length)
-        super().__init__(seed, len(self.ids))
+        super().__init__(seed, len(self.ids), quick)
         self.names = self.adapted("c_attn", "c_fc", "c_proj")
 
+    @override
     def run(self, model: nn.Module, index: Tensor) -> Tensor:
         return model(input_ids=self.ids[index, :-1], use_cache=False).logits
 
+    @override
     def labels(self, index: Tensor) -> Tensor:
         return self.ids[index, 1:]
 
+    @override
     def loss(self, model: nn.Module, index: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.run(model, index).flatten(0, 1), self.labels(index).flatten())
+        said, wanted = self.run(model, index).flatten(0, 1), self.labels(index).flatten()
+        return nn.functional.cross_entropy(said, wanted)
 
 
 def _rows_of_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:

@@ -5,12 +5,13 @@
     python benchmarks/step_time.py --quick            # a smoke run of every part, nothing is kept
     python benchmarks/step_time.py --device cuda      # the shapes for one accelerator
 
-One process, one thread on a CPU. Every method trains its own copy of one model with random weights on the same
-batch with AdamW; "floor" is the frozen model with one small parameter that trains (it does in every method).
-Rounds visit the methods in turn; a ratio is the median over rounds of a step's time divided by the floor's in
-the same round, with quartiles. "Saved" is what autograd keeps for backward beyond parameters and buffers, every
-storage once; "peak" by how much memory grows during a step. Rows go to ``benchmarks/results/step_time.csv``,
-replacing those of the same part, and from there to ``step_time.md`` and ``step_time.png``.
+One process, one thread on a CPU. Every method trains its own copy of one model with random weights on the
+same batch with AdamW; "floor" is the frozen model with one small parameter that trains (it does in every
+method). Rounds visit the methods in turn; a ratio is the median over rounds of a step's time divided by the
+floor's in the same round, with quartiles. "Saved" is what autograd keeps for backward beyond parameters and
+buffers, every storage once; "peak" by how much memory grows during a step. Rows go to
+``benchmarks/results/step_time.csv``, replacing those of the same part, and from there to ``step_time.md`` and
+``step_time.png``.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import METHODS, SHAPES, build, interleaved, now
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "part,shape,precision,layers,rank,batch,tokens,method,ms,ratio,low,high,saved_mib,peak_mib,trained".split(",")
-)
+COLUMNS = ["part", "shape", "precision", "layers", "rank", "batch", "tokens", "method", "ms", "ratio"]
+COLUMNS += ["low", "high", "saved_mib", "peak_mib", "trained"]
 PARTS = ("table", "rank", "tokens", "layers", "crossing", "life")
 TABLE = [  # shape, layers, rank, batch
     ("ViT-tiny", 12, 1024, 8),
@@ -64,7 +64,9 @@ ON_CUDA = [
 ]
 
 
-def models(part: str, shape: str, layers: int, rank: int, batch: int, given: argparse.Namespace) -> list[dict]:
+def models(
+    part: str, shape: str, layers: int, rank: int, batch: int, given: argparse.Namespace
+) -> list[dict]:
     """One row for each method on one model."""
     spec = SHAPES[shape]
     dtype = torch.bfloat16 if given.precision == "bf16-true" else torch.float32
@@ -76,8 +78,9 @@ def models(part: str, shape: str, layers: int, rank: int, batch: int, given: arg
     rows = []
     for method, r in readings.items():
         print(
-            f"{part} {shape}, {layers} layers, r {rank}, batch {batch}: {method:14} {r.seconds * 1e3:8.1f} ms "
-            f"{r.ratio:6.3f} x floor [{r.low:.3f}, {r.high:.3f}]  saved {r.saved / 2**20:7.1f} MiB, "
+            f"{part} {shape}, {layers} layers, r {rank}, batch {batch}: {method:14} "
+            f"{r.seconds * 1e3:8.1f} ms {r.ratio:6.3f} x floor [{r.low:.3f}, {r.high:.3f}]  "
+            f"saved {r.saved / 2**20:7.1f} MiB, "
             f"peak {r.peak / 2**20:7.1f} MiB",
             flush=True,
         )

@@ -9,12 +9,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Groups = dict[tuple[str, ...], dict[str, dict[str, str]]]
 LINES = ("uora", "peft vera", "peft lora r 8", "full")
 
 
-def groups(rows: list[dict[str, str]], *parts: str) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
+def groups(rows: list[dict[str, str]], *parts: str) -> Groups:
     """Rows of those parts by model and size, then by method."""
-    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    found: Groups = {}
     for row in rows:
         if row["part"] in parts:
             key = tuple(row[name] for name in ("shape", "precision", "layers", "rank", "batch", "tokens"))
@@ -25,8 +26,8 @@ def groups(rows: list[dict[str, str]], *parts: str) -> dict[tuple[str, ...], dic
 def table(rows: list[dict[str, str]]) -> Iterator[str]:
     """Ratios to the floor, one line for each model."""
     yield (
-        "| model, layers, rank, tokens | floor, ms | UORA | merged | factored | PEFT VeRA | PEFT LoRA r 8 | full "
-        "| UORA / VeRA | saved, MiB: UORA, VeRA, LoRA | peak, MiB: UORA, VeRA, LoRA |"
+        "| model, layers, rank, tokens | floor, ms | UORA | merged | factored | PEFT VeRA | PEFT LoRA r 8 "
+        "| full | UORA / VeRA | saved, MiB: UORA, VeRA, LoRA | peak, MiB: UORA, VeRA, LoRA |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for (shape, precision, layers, rank, _, tokens), by in groups(rows, "table").items():
@@ -35,8 +36,9 @@ def table(rows: list[dict[str, str]]) -> Iterator[str]:
         saved, peak = (", ".join(f"{float(row[k]):.0f}" for row in three) for k in ("saved_mib", "peak_mib"))
         name = f"{shape}, {layers}, {rank}, {tokens}" + ("" if precision == "32" else f", {precision}")
         yield (
-            f"| {name} | {float(by['floor']['ms']):.0f} | {_ratio(by['uora'])} | {_short(by['uora merged'])} | "
-            f"{_short(by['uora factored'])} | {_short(by['peft vera'])} | {_short(by['peft lora r 8'])} | "
+            f"| {name} | {float(by['floor']['ms']):.0f} | {_ratio(by['uora'])} | "
+            f"{_short(by['uora merged'])} | {_short(by['uora factored'])} | "
+            f"{_short(by['peft vera'])} | {_short(by['peft lora r 8'])} | "
             f"{_short(by['full'])} | {against:.2f} | {saved} | {peak} |"
         )
 
@@ -62,8 +64,8 @@ def choices(rows: list[dict[str, str]]) -> Iterator[str]:
         ratio, key = max(worst)
         near = sum(r <= 1.1 for r, _ in worst)
         yield (
-            f"Whole models: the automatic choice is within 10 % of the better form in {near} of {len(worst)}; at "
-            f"worst {ratio:.2f} x ({', '.join(key)})."
+            f"Whole models: the automatic choice is within 10 % of the better form in {near} of "
+            f"{len(worst)}; at worst {ratio:.2f} x ({', '.join(key)})."
         )
     layers = groups(rows, "crossing")
     lost = {key: float(by["auto"]["ratio"]) for key, by in layers.items()}
@@ -71,8 +73,8 @@ def choices(rows: list[dict[str, str]]) -> Iterator[str]:
         key = max(lost, key=lambda k: lost[k])
         near = sum(r <= 1.1 for r in lost.values())
         yield (
-            f"Single layers: within 10 % in {near} of {len(lost)}; at worst {lost[key]:.2f} x (layer {key[0]}, rank "
-            f"{key[3]}, {key[5]} tokens)."
+            f"Single layers: within 10 % in {near} of {len(lost)}; at worst {lost[key]:.2f} x "
+            f"(layer {key[0]}, rank {key[3]}, {key[5]} tokens)."
         )
 
 
@@ -94,10 +96,9 @@ def draw(rows: list[dict[str, str]]) -> Figure:
     _line(places[2], groups(rows, "layers"), 2, "layers (rank 256, 788 tokens)")
     places[0].legend(fontsize=8)
     places[0].set_ylabel("step, x frozen floor")
-    for key, by in groups(rows, "crossing").items():
+    for by in groups(rows, "crossing").values():
         merged, factored = float(by["merged"]["ms"]), float(by["factored"]["ms"])
         places[3].loglog(float(by["auto"]["low"]), factored / merged, "o", color="C0", markersize=4)
-        del key
     places[3].axvline(1, color="grey", linewidth=0.8)
     places[3].axhline(1, color="grey", linewidth=0.8)
     places[3].set(xlabel="factored / merged, counted operations", ylabel="factored / merged, measured time")
@@ -106,7 +107,9 @@ def draw(rows: list[dict[str, str]]) -> Figure:
     return figure
 
 
-def _line(place: Axes, found: dict[tuple[str, ...], dict[str, dict[str, str]]], field: int, name: str) -> None:
+def _line(
+    place: Axes, found: dict[tuple[str, ...], dict[str, dict[str, str]]], field: int, name: str
+) -> None:
     """Ratio with quartiles of every method over one field of the key."""
     for method in LINES:
         rows = [(int(key[field]), by[method]) for key, by in found.items() if method in by]

@@ -25,7 +25,7 @@ from transformers import (
     RobertaModel,
 )
 
-from lightning_uora import UORAConfig, attach_uora, named_adapters
+from lightning_uora import UORAConfig, attach_uora
 
 METHODS = ("floor", "uora", "uora merged", "uora factored", "peft vera", "peft lora r 8", "full")
 
@@ -39,8 +39,8 @@ class Shape:
         layers: How many it has as published.
         length: Tokens of one example.
         targets: Leaves of the names of the adapted modules.
-        floor: Name of the one small parameter that trains in every method, early enough for a backward through
-            every block.
+        floor: Name of the one small parameter that trains in every method, early enough for a backward
+            through every block.
         vocabulary: Of token ids; 0 for images.
     """
 
@@ -230,8 +230,3 @@ def peak_of(work: Callable[[], None], x: Tensor) -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def adapters(model: nn.Module) -> int:
-    """How many modules are adapted."""
-    return len(list(named_adapters(model)))

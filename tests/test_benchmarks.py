@@ -1,0 +1,170 @@
+"""The benchmark scripts: what they choose and conclude from made-up tables; each runs in a small form."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import runpy
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("quality")
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def done_by(quality, rates: dict[float, float], seeds=(0, 1)) -> dict:
+    """Validation scores of LoRA r 8 by learning rate, a point apart over the seeds."""
+    return {
+        quality.Run("digits", "lora", 8, "off", lr, seed): {"val": score + seed, "test": 0.0}
+        for lr, score in rates.items()
+        for seed in seeds
+    }
+
+
+def test_the_search_asks_for_the_neighbours_of_its_start(quality):
+    lr, needed = quality.search("digits", ("lora", 8, "off"), {})
+    assert lr is None
+    assert {run.lr for run in needed} == {1e-3, 3e-3, 1e-2}
+    assert {run.seed for run in needed} == {0, 1}
+
+
+def test_the_search_walks_to_the_best_rate_and_stops_there(quality):
+    rates = {1e-3: 50.0, 3e-3: 60.0, 1e-2: 70.0}
+    lr, needed = quality.search("digits", ("lora", 8, "off"), done_by(quality, rates))
+    assert lr is None
+    assert {run.lr for run in needed} == {3e-2}
+    lr, needed = quality.search("digits", ("lora", 8, "off"), done_by(quality, rates | {3e-2: 69.0}))
+    assert (lr, needed) == (1e-2, [])
+
+
+def test_the_search_ends_at_the_edge_of_the_grid(quality):
+    rates = dict(zip(quality.GRID, range(50, 58), strict=True))
+    assert quality.search("digits", ("lora", 8, "off"), done_by(quality, rates)) == (0.3, [])
+
+
+def test_refreshes_take_the_rate_that_was_chosen_without_them(quality):
+    done = {
+        quality.Run("digits", "uora", 16, "off", lr, seed): {"val": value, "test": 0.0}
+        for lr, value in ((1e-2, 1.0), (3e-2, 2.0), (1e-1, 0.0))
+        for seed in (0, 1)
+    }
+    assert quality.search("digits", ("uora", 16, "relative-0.5"), done)[0] == 3e-2
+    wanted = list(quality.wanted(["digits"], [("uora", 16, "relative-0.5")], 3, done))
+    assert [(run.refresh, run.lr, run.seed) for run in wanted] == [
+        ("relative-0.5", 3e-2, s) for s in range(3)
+    ]
+
+
+def test_a_run_that_is_in_the_table_is_not_made_again(quality, tmp_path):
+    rates = {1e-3: 50.0, 3e-3: 60.0, 1e-2: 55.0}
+    done = done_by(quality, rates)
+    for run, found in done.items():
+        row = {**run.__dict__, "metric": "accuracy", "adapter_params": 7, "seconds": 1.0}
+        rows = [{**row, "split": split, "value": value} for split, value in found.items()]
+        quality.append(tmp_path / "quality.csv", rows)
+    assert quality.read(tmp_path / "quality.csv") == done
+    left = list(quality.wanted(["digits"], [("lora", 8, "off")], 3, done))
+    assert left == [quality.Run("digits", "lora", 8, "off", 3e-3, 2)]
+
+
+def table_of(quality, path: Path, tests: dict[tuple[str, int, str], list[float]]) -> None:
+    """A table in which every method's middle rate is the best, and test scores are those given."""
+    for (method, rank, refresh), values in tests.items():
+        start = quality.STARTS[method]
+        for step, bonus in ((-1, 0.0), (0, 5.0), (1, 0.0)):
+            for seed, value in enumerate(values):
+                if refresh != "off" and step:
+                    continue
+                row = {"task": "digits", "method": method, "rank": rank, "refresh": refresh, "seed": seed}
+                row |= {"lr": quality.GRID[start + step], "metric": "accuracy", "seconds": 2}
+                row |= {"adapter_params": 100 * (rank or 1)}
+                scores = {"val": 50.0 + bonus, "test": value if step == 0 else 99.0}
+                quality.append(path, [{**row, "split": s, "value": v} for s, v in scores.items()])
+
+
+def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(quality, tmp_path):
+    report = importlib.import_module("quality_report")
+    ours, theirs = [90.0, 91.0, 95.0], [88.0, 90.0, 91.0]
+    scores = {("uora+inputs", 4, "off"): ours, ("vera", 16, "off"): theirs, ("lora", 8, "off"): theirs}
+    table_of(quality, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
+    table = report.tabulate(tmp_path / "quality.csv")
+    assert table.scores["digits"]["uora+inputs", 4, "off"] == dict(enumerate(ours))
+    found = table.difference("digits", ("uora+inputs", 4, "off"), ("vera", 16, "off"))
+    differences = [2.0, 1.0, 4.0]
+    assert found.mean == statistics.mean(differences)
+    assert found.half == pytest.approx(4.302653 * statistics.stdev(differences) / math.sqrt(3))
+    text = "\n".join(report.goals(table))
+    assert f'| digits | UORA, `init="inputs"`, r 4 |  | {found} | 3 | no |' in text
+    assert "| 2.0 x | +2.33 ±" in text
+    assert "| relative-0.5 | +0.00 ± 0.00 | 3 | no |" in text
+    report.report(tmp_path)
+    assert (tmp_path / "quality.png").stat().st_size > 3_000
+    assert "## digits" in (tmp_path / "quality.md").read_text()
+
+
+def test_the_measured_table_in_the_repository_is_whole(quality):
+    """Every run has its two rows, and none is there twice."""
+    with (FOLDER / "results/quality.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = [tuple(row[c] for c in (*quality.COLUMNS[:6], "split")) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {len(found) for found in quality.read(FOLDER / "results/quality.csv").values()} == {2}
+
+
+def test_quality_benchmark_runs_every_method_in_a_small_form(
+    monkeypatch, tmp_path, capsys, quality, one_thread
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--quick", "--tasks", "digits"])
+    quality.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'task'")]
+    assert len(rows) == 2 * len(quality.methods(("relative-0.5",), (4,)))
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_step_time_benchmark_runs_in_a_small_form(monkeypatch, capsys, one_thread):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "table", "crossing", "life", "--quick"])
+    runpy.run_path(str(FOLDER / "step_time.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert out.count("x floor") == 7
+    assert out.count("the automatic choice") == 2
+    assert out.count("ViT-tiny, rank 64:") == 5
+
+
+def test_step_time_report_says_where_the_automatic_choice_is_worst(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(FOLDER)
+    report = importlib.import_module("step_time_report")
+    rows = [
+        {
+            "part": "crossing",
+            "shape": "2 -> 3",
+            "precision": "32",
+            "layers": "1",
+            "rank": "4",
+            "batch": tokens,
+        }
+        | {"tokens": tokens, "method": method, "ratio": ratio}
+        for tokens, ratios in (("8", ("1", "1.3", "1.3")), ("16", ("1", "2", "1")))
+        for method, ratio in zip(("merged", "factored", "auto"), ratios, strict=True)
+    ]
+    (line,) = report.choices(rows)
+    assert "within 10 % in 1 of 2; at worst 1.30 x (layer 2 -> 3, rank 4, 8 tokens)" in line

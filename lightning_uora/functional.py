@@ -29,11 +29,11 @@ from torch import Tensor
 __all__ = [
     "Init",
     "add_delta",
-    "add_factored_delta",
     "compute_dtype",
     "draw_down",
     "draw_up",
     "factored_flops",
+    "factored_linear",
     "merged_flops",
     "one_thread",
 ]
@@ -104,57 +104,132 @@ def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-class _AddFactoredDelta(torch.autograd.Function):
+# Note [The layer inside the factored form]
+# h = x W^T + bias is made by the same function, so that the adapter's product can be added to it in place: a
+# second (T, m) tensor costs more time than the two low-rank products. The gradient towards x is likewise
+# summed in place. A x is an output, because a second derivative must reach x through what was saved.
+
+
+class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        h: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype
+        x: Tensor,
+        dropped: Tensor | None,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+        transposed: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(h.device.type, enabled=False):
-            z = x.to(dtype) @ A.to(dtype).t()
+        h = _linear(x, W, bias, transposed)
+        with torch.autocast(x.device.type, enabled=False):
+            z = _rows(x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
             up = (b[:, None] * B).to(dtype).t()
-            scaled = (z * d).to(dtype)
+            flat, scaled = _rows(h), (z * d).to(dtype)
             if h.dtype == dtype:
-                return torch.addmm(h, scaled, up), z
-            return h + (scaled @ up).to(h.dtype), z
+                flat.addmm_(scaled, up)
+            else:
+                flat.add_((scaled @ up).to(h.dtype))
+            return torch.ops.aten._unsafe_view(flat, h.shape), z  # no view: a model may write into it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, A, B, d, b, ctx.dtype = inputs
-        ctx.x_dtype = x.dtype
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(A, B, d, b, output[1])
+        x, dropped, W, _, A, B, d, b, ctx.dtype, ctx.transposed = inputs
+        ctx.shape, ctx.x_dtype, ctx.drops = x.shape, x.dtype, dropped is not None
+        ctx.save_for_backward(A, B, d, b, output[1], W, x if ctx.needs_input_grad[2] else None)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        g = grad_outputs[0]
-        A, B, d, b, z = ctx.saved_tensors
-        low = g.to(ctx.dtype)
-        grad_x = grad_d = grad_b = None
-        if ctx.needs_input_grad[1]:
-            u = low @ (b[:, None] * B).to(ctx.dtype)
-            grad_x = ((u * d).to(ctx.dtype) @ A.to(ctx.dtype)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            grad_d, grad_b = _vector_gradients(z.t() @ low, B, d, b)
-        return (g if ctx.needs_input_grad[0] else None), grad_x, None, None, grad_d, grad_b, None
+        g, grad_z = grad_outputs
+        A, B, d, b, z, W, x = ctx.saved_tensors
+        need_x, need_dropped, need_W, need_bias, *_, need_d, need_b, _, _ = ctx.needs_input_grad
+        grad_x = grad_dropped = grad_W = grad_bias = grad_d = grad_b = u = None
+        if g is not None:
+            g = _rows(g)
+            low = g.to(ctx.dtype)
+            if need_x:
+                grad_x = g @ (W.t() if ctx.transposed else W).to(g.dtype)
+            if need_dropped or (need_x and not ctx.drops):
+                u = ((low @ (b[:, None] * B).to(ctx.dtype)) * d).to(ctx.dtype)
+            if need_W:
+                grad_W = _rows(x).to(g.dtype).t() @ g
+                grad_W = (grad_W if ctx.transposed else grad_W.t()).to(W.dtype)
+            if need_bias:
+                grad_bias = g.sum(0)
+            if need_d or need_b:
+                grad_d, grad_b = _vector_gradients(z.t() @ low, B, d, b)
+        if grad_z is not None:  # of a second derivative
+            u = grad_z if u is None else u + grad_z
+        if u is not None and ctx.drops:
+            grad_dropped = (u @ A.to(u.dtype)).to(ctx.x_dtype).reshape(ctx.shape)
+        elif u is not None:
+            grad_x = _add_product(grad_x, u, A.to(u.dtype))
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.shape)
+        return grad_x, grad_dropped, grad_W, grad_bias, None, None, grad_d, grad_b, None, None
 
 
-def add_factored_delta(h: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """Output of the base plus the adapter's: ``h + b * (B (d * (A x)))``, differentiable in h, x, d and b.
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
 
-    Saves ``A x`` for backward and neither x nor the (T, m) product. With ``b = 0`` the result equals h
-    exactly.
+
+def _add_product(total: Tensor | None, u: Tensor, A: Tensor) -> Tensor:
+    """``total + u A``, in place where the dtypes allow."""
+    if total is None:
+        return u @ A
+    return total.addmm_(u, A) if total.dtype == u.dtype else total + (u @ A).to(total.dtype)
+
+
+def _linear(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The base's own product with its frozen weight, by the same kernel as without an adapter."""
+    if not transposed:
+        return torch.nn.functional.linear(x, W, bias)
+    assert bias is not None
+    return torch.addmm(bias, _rows(x), W).reshape(*x.shape[:-1], W.shape[1])
+
+
+def factored_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    b: Tensor,
+    *,
+    dropped: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """A linear layer plus its adapter: ``x W^T + bias + b * (B (d * (A x)))``, differentiable but in A and B.
+
+    Saves ``A x`` for backward and neither the (T, m) product nor x (x where W trains). With ``b = 0`` the
+    result equals the layer's own exactly.
+
+    Args:
+        x: The layer's input.
+        W: Its weight.
+        bias: Its bias, if there is one.
+        A: Projection down.
+        B: Projection up.
+        d: Vector between them.
+        b: Vector on the output.
+        dropped: What the adapter sees in place of x (x with dropout).
+        transposed: W is (n, m), as in transformers' ``Conv1D`` (which has a bias).
 
     Shape:
-        - ``h``: (..., m); ``x``: (..., n), the same leading axes; ``A``: (r, n); ``B``: (m, r); ``d``: (r,);
-          ``b``: (m,).
-        - Returns the shape and dtype of ``h``.
+        - ``x``: (..., n); ``W``: (m, n); ``bias``: (m,); ``A``: (r, n); ``B``: (m, r); ``d``: (r,); ``b``:
+          (m,). Returns (..., m).
 
-    Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
+    Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations] and
+    Note [The layer inside the factored form].
     """
     dtype = compute_dtype(x.device, x.dtype)
-    flat_h, flat_x = h.reshape(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
-    out, _ = _AddFactoredDelta.apply(flat_h, flat_x, A, B, d, b, dtype)
-    result: Tensor = out.reshape(h.shape)
+    out, _ = _FactoredLinear.apply(x, dropped, W, bias, A, B, d, b, dtype, transposed)
+    result: Tensor = out
     return result
 
 
@@ -167,7 +242,7 @@ def merged_flops(tokens: int, m: int, n: int, r: int) -> int:
 
 
 def factored_flops(tokens: int, m: int, n: int, r: int) -> int:
-    """Extra floating-point operations of one training step through :func:`add_factored_delta`.
+    """Extra floating-point operations of one training step through :func:`factored_linear`.
 
     Forward 2 T r (m + n); backward the same towards x, and 2 T m r for the vectors.
     """

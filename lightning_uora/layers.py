@@ -23,9 +23,9 @@ from typing_extensions import override
 
 from lightning_uora.functional import (
     add_delta,
-    add_factored_delta,
     compute_dtype,
     factored_flops,
+    factored_linear,
     merged_flops,
 )
 from lightning_uora.projection import Projections
@@ -256,10 +256,10 @@ class AdaptedLinear(AdaptedModule):
         if self._uora_needs_grad():
             self._uora.owner.require_calibrated("training")
         (part,) = self._uora.parts.values()
-        h = _plain_linear(x, self._parameters[part.name], self._parameters["bias"], part.transposed)
-        return add_factored_delta(
-            h, nn.functional.dropout(x, config.dropout, self.training), *self._uora_tensors(part.n)
-        )
+        W, bias = cast(Tensor, self._parameters[part.name]), self._parameters["bias"]
+        dropped = nn.functional.dropout(x, config.dropout, self.training) if drops else None
+        vectors = self._uora_tensors(part.n)
+        return factored_linear(x, W, bias, *vectors, dropped=dropped, transposed=part.transposed)
 
     def _uora_refuse_sharded(self) -> None:
         """See Note [Sharded weights]."""
@@ -314,15 +314,6 @@ def _collect_gradient(weight: Tensor, adapter: Adapter, name: str) -> None:
             gradients[key] = gradients[key] + G.float() if key in gradients else G.float()
 
     weight.register_hook(add)  # type: ignore[no-untyped-call]
-
-
-def _plain_linear(x: Tensor, W: Tensor | None, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The module's own product with its frozen weight, by the same kernel as without an adapter."""
-    weight = cast(Tensor, W)
-    if not transposed:
-        return nn.functional.linear(x, weight, bias)
-    flat = torch.addmm(cast(Tensor, bias), x.reshape(-1, weight.shape[0]), weight)
-    return flat.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def _conv1d_class() -> type[nn.Module] | None:

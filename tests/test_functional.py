@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lightning_uora.functional import (
     add_delta,
-    add_factored_delta,
     draw_down,
     draw_up,
     factored_flops,
+    factored_linear,
     merged_flops,
 )
 from tests import reference
@@ -47,19 +47,46 @@ def test_add_delta_passes_gradcheck_and_gradgradcheck(m: int, n: int, r: int):
 
 @pytest.mark.parametrize(("m", "n", "r"), SIZES)
 @pytest.mark.parametrize("leading", [(4,), (2, 3), ()])
-def test_add_factored_delta_equals_the_reference(m: int, n: int, r: int, leading: tuple[int, ...]):
-    h, x = random(*leading, m), random(*leading, n)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factored_linear_equals_the_reference(m: int, n: int, r: int, leading: tuple, transposed: bool):
+    x, W, bias = random(*leading, n), random(m, n), random(m)
     A, B, d, b = random(r, n), random(m, r), random(r), random(m)
-    expected = h + x @ reference.delta(A, B, d, b).t()
-    torch.testing.assert_close(add_factored_delta(h, x, A, B, d, b), expected)
+    own = W.t().contiguous() if transposed else W
+    out = factored_linear(x, own, bias, A, B, d, b, transposed=transposed)
+    torch.testing.assert_close(out, reference.linear(x, W, bias, A, B, d, b))
 
 
 @pytest.mark.parametrize(("m", "n", "r"), SIZES)
-def test_add_factored_delta_passes_gradcheck(m: int, n: int, r: int):
-    h, x = random(2, 3, m, grad=True), random(2, 3, n, grad=True)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_factored_linear_passes_gradcheck_and_gradgradcheck(m: int, n: int, r: int, transposed: bool, drops):
+    """Towards everything but A and B, the second derivative through the saved product included."""
+    x, other = random(2, 3, n, grad=True), random(2, 3, n, grad=True)
+    W, bias = random(*((n, m) if transposed else (m, n)), grad=True), random(m, grad=True)
     d, b = random(r, grad=True), random(m, grad=True)
     A, B = random(r, n), random(m, r)
-    assert torch.autograd.gradcheck(lambda h, x, d, b: add_factored_delta(h, x, A, B, d, b), (h, x, d, b))
+
+    def run(x: Tensor, other: Tensor, W: Tensor, bias: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        dropped = other if drops else None
+        out = factored_linear(x, W, bias, A, B, d, b, dropped=dropped, transposed=transposed)
+        return out if drops else out + 0 * other.sum()
+
+    assert torch.autograd.gradcheck(run, (x, other, W, bias, d, b))
+    assert torch.autograd.gradgradcheck(run, (x, other, W, bias, d, b))
+
+
+@pytest.mark.parametrize("frozen", ["x", "vectors"])
+def test_factored_linear_with_a_part_frozen_has_the_other_parts_gradients(frozen: str):
+    A, B, W = random(3, 7), random(5, 3), random(5, 7)
+    x, d, b = random(4, 7, grad=True), random(3, grad=True), random(5, grad=True)
+    factored_linear(x, W, None, A, B, d, b).square().sum().backward()
+    whole = {"x": x.grad, "d": d.grad, "b": b.grad}
+    y, e, c = x.detach(), d.detach(), b.detach()
+    for t in (e, c) if frozen == "x" else (y,):
+        t.requires_grad_(True)
+    factored_linear(y, W, None, A, B, e, c).square().sum().backward()
+    for name, t in (("d", e), ("b", c)) if frozen == "x" else (("x", y),):
+        torch.testing.assert_close(t.grad, whole[name])
 
 
 def saved_sizes(make) -> list[int]:
@@ -82,12 +109,14 @@ def test_merged_form_saves_only_the_projections_and_the_vectors():
 
 
 def test_factored_form_saves_the_low_rank_product_and_not_the_wide_one():
-    """(T, r) is kept; neither (T, m) nor the input."""
+    """(T, r) is kept; neither (T, m) nor the input, which only a weight that trains needs."""
     m, n, r, tokens = 11, 13, 3, 17
-    h, x = random(tokens, m), random(tokens, n, grad=True)
+    x, W = random(tokens, n, grad=True), random(m, n)
     A, B, d, b = random(r, n), random(m, r), random(r, grad=True), random(m, grad=True)
-    sizes = saved_sizes(lambda: add_factored_delta(h, x, A, B, d, b))
-    assert sizes == sorted([r * n, m * r, r, m, tokens * r])
+    kept = [r * n, m * r, r, m, tokens * r, m * n]
+    assert saved_sizes(lambda: factored_linear(x, W, None, A, B, d, b)) == sorted(kept)
+    W.requires_grad_(True)
+    assert saved_sizes(lambda: factored_linear(x, W, None, A, B, d, b)) == sorted([*kept, tokens * n])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -95,9 +124,10 @@ def test_zero_b_changes_no_bit(dtype: torch.dtype):
     m, n, r = 5, 7, 3
     W, A, B = random(m, n, dtype=dtype), random(r, n, dtype=dtype), random(m, r, dtype=dtype)
     d, b = torch.full((r,), 0.1), torch.zeros(m)
-    h, x = random(4, m, dtype=dtype), random(4, n, dtype=dtype)
+    x, bias = random(4, n, dtype=dtype), random(m, dtype=dtype)
     assert torch.equal(add_delta(W, A, B, d, b), W)
-    assert torch.equal(add_factored_delta(h, x, A, B, d, b), h)
+    own = torch.nn.functional.linear(x, W, bias)
+    assert torch.equal(factored_linear(x, W, bias, A, B, d, b), own)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -127,7 +157,7 @@ def test_autocast_uses_its_dtype_forward_and_backward_and_keeps_the_weights():
     x = random(tokens, n, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         merged = torch.nn.functional.linear(x, add_delta(W, A, B, d, b))
-        factored = add_factored_delta(torch.nn.functional.linear(x, W), x, A, B, d, b)
+        factored = factored_linear(x, W, None, A, B, d, b)
     assert merged.dtype == factored.dtype == torch.bfloat16
     want = reference.linear(x, W, None, A, B, d, b)
     for got in (merged, factored):

@@ -99,10 +99,10 @@ def forms_taken(module: nn.Module, x: torch.Tensor, monkeypatch) -> list[str]:
     from lightning_uora import layers
 
     taken: list[str] = []
-    for name in ("add_delta", "add_factored_delta"):
+    for name in ("add_delta", "factored_linear"):
         inner = getattr(layers, name)
         monkeypatch.setattr(
-            layers, name, lambda *a, name=name, inner=inner: (taken.append(name), inner(*a))[1]
+            layers, name, lambda *a, name=name, inner=inner, **k: (taken.append(name), inner(*a, **k))[1]
         )
     module(x)
     return taken
@@ -111,7 +111,7 @@ def forms_taken(module: nn.Module, x: torch.Tensor, monkeypatch) -> list[str]:
 def test_auto_takes_the_form_that_the_cost_model_prefers(monkeypatch):
     few, many = torch.randn(2, 32), torch.randn(500, 32)
     module = adapt(nn.Linear(32, 24), rank=64)
-    assert forms_taken(module, few, monkeypatch) == ["add_factored_delta"]
+    assert forms_taken(module, few, monkeypatch) == ["factored_linear"]
     assert forms_taken(module, many, monkeypatch) == ["add_delta"]
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_uora import (
     ReinitSchedule,
@@ -40,7 +41,7 @@ from lightning_uora import (
 from lightning_uora.functional import factored_flops, merged_flops
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import METHODS, SHAPES, build, interleaved, now
+from timing import METHODS, SHAPES, build, interleaved, now, peak_of
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ["part", "shape", "precision", "layers", "rank", "batch", "tokens", "method", "ms", "ratio"]
@@ -129,32 +130,59 @@ def _one_layer(n: int, m: int, rank: int, tokens: int, given: argparse.Namespace
 
 
 def life(given: argparse.Namespace) -> Iterator[dict]:
-    """Seconds of what is done once: attach, refresh, save, load, merge of ViT-base."""
+    """What is done once (seconds), memory that attaching takes, and evaluation against the plain model."""
     rank = 64 if given.quick else 1024
     name = "ViT-tiny" if given.quick else "ViT-base"
-    model, other = (SHAPES[name].build(12).to(given.device) for _ in range(2))
+    spec = SHAPES[name]
+    model, other, plain = (spec.build(12).to(given.device).eval() for _ in range(3))
     other.load_state_dict(model.state_dict())
     config = UORAConfig(rank=rank, target_modules="qkv", trainable_modules=())
-    schedule = ReinitSchedule(threshold=0.25, threshold_mode="fraction")
+    attach_uora(spec.build(1), config)  # pages LAPACK in
+    x = spec.batch(1).to(given.device)
+
+    def row(what: str, seconds: float, ratio: float = 0.0, peak: float = 0.0) -> dict:
+        print(
+            f"{name}, rank {rank}: {what} {seconds:.2f} s, {ratio:.3f} x, {peak / 2**20:.0f} MiB", flush=True
+        )
+        values = [round(seconds * 1e3, 1), round(ratio, 4), 0.0, 0.0, 0.0, round(peak / 2**20, 1), 0]
+        return dict(zip(COLUMNS, ["life", name, "32", 12, rank, 0, 0, what, *values], strict=True))
+
+    start = time.perf_counter()
+    grown = peak_of(lambda: attach_uora(model, config), x)
+    yield row("attach", time.perf_counter() - start, peak=grown)
+    with torch.no_grad():
+        for _, module in named_adapters(model):
+            module.uora_d.uniform_()
+            module.uora_b.uniform_()
     with tempfile.TemporaryDirectory() as folder:
+        schedule = ReinitSchedule(threshold=0.25, threshold_mode="fraction")
         works = {
-            "attach": lambda: attach_uora(model, config),
             "refresh of a quarter": lambda: refresh(model, schedule),
             "save": lambda: save_adapter(model, folder),
             "load": lambda: load_adapter(other, folder),
-            "merge": lambda: detach_uora(model, merge=True),
         }
         for what, work in works.items():
-            if what == "refresh of a quarter":
-                with torch.no_grad():
-                    for _, module in named_adapters(model):
-                        module.uora_d.uniform_()
             start = time.perf_counter()
             work()
-            seconds = time.perf_counter() - start
-            print(f"{name}, rank {rank}: {what} {seconds:.2f} s", flush=True)
-            row = ["life", name, "32", 12, rank, 0, 0, what, round(seconds * 1e3, 1), *[0.0] * 5, 0]
-            yield dict(zip(COLUMNS, row, strict=True))
+            yield row(what, time.perf_counter() - start)
+    yield row("evaluation", *_evaluation(plain, model, x, 3 if given.quick else 15))
+    start = time.perf_counter()
+    detach_uora(model, merge=True)
+    yield row("merge", time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def _evaluation(plain: nn.Module, adapted: nn.Module, x: Tensor, rounds: int) -> tuple[float, float]:
+    """Median seconds of the adapted model without gradients, and as a ratio to the plain one."""
+    adapted(x)
+    times = []
+    for _ in range(rounds):
+        start = now(x)
+        plain(x)
+        middle = now(x)
+        adapted(x)
+        times.append((now(x) - middle, middle - start))
+    return statistics.median(a for a, _ in times), statistics.median(a / b for a, b in times)
 
 
 def measured(part: str, given: argparse.Namespace) -> Iterator[dict]:

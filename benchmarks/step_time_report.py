@@ -80,10 +80,15 @@ def choices(rows: list[dict[str, str]]) -> Iterator[str]:
 
 def once(rows: list[dict[str, str]]) -> Iterator[str]:
     """What is done once."""
-    found = [row for row in rows if row["part"] == "life"]
+    found = {row["method"]: row for row in rows if row["part"] == "life"}
     if found:
-        what = ", ".join(f"{row['method']} {float(row['ms']) / 1e3:.2f} s" for row in found)
-        yield f"{found[0]['shape']}, rank {found[0]['rank']}, `qkv`: {what}."
+        names = ("attach", "refresh of a quarter", "save", "load", "merge")
+        what = ", ".join(f"{name} {float(found[name]['ms']) / 1e3:.2f} s" for name in names)
+        shape = f"{found['attach']['shape']}, rank {found['attach']['rank']}, `qkv`"
+        yield (
+            f"{shape}: {what}. Attaching takes {float(found['attach']['peak_mib']):.0f} MiB at its peak; "
+            f"evaluation without gradients {float(found['evaluation']['ratio']):.3f} x the plain model."
+        )
 
 
 def draw(rows: list[dict[str, str]]) -> Figure:

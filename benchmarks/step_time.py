@@ -74,7 +74,7 @@ def models(
     base, x = spec.build(layers).to(given.device, dtype), spec.batch(batch).to(given.device)
     x = x.to(dtype) if x.is_floating_point() else x
     built = {method: build(spec, base, method, rank) for method in METHODS}
-    budget = 1 if given.quick else 40
+    budget = 1 if given.quick else given.seconds
     readings = interleaved(built, x, budget, given.precision == "bf16-mixed", given.compile)
     rows = []
     for method, r in readings.items():
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="only make the table and the plot anew")
+    parser.add_argument("--seconds", type=float, default=40, help="about so long for each model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--compile", action="store_true")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from quality import Results, Run, read, search
 from scipy.stats import t as student
 
@@ -177,6 +178,9 @@ def draw(table: Table) -> Figure:
                 x = [table.parameters[task, row] for row in rows]
                 place.errorbar(x, y, error, marker=mark, capsize=2, linewidth=1, label=label)
         place.set(xscale="log", xlabel="adapter parameters", title=task)
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        place.xaxis.set_major_formatter(EngFormatter(sep=""))
+        place.xaxis.set_minor_formatter(NullFormatter())
         place.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test score, points")
     figure.axes[0].legend(fontsize=8)

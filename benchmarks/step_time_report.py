@@ -99,7 +99,8 @@ def draw(rows: list[dict[str, str]]) -> Figure:
     tokens = groups(rows, "tokens")
     _line(places[1], {k: v for k, v in tokens.items() if k[3] == "1024"}, 5, "tokens (4 layers, rank 1024)")
     _line(places[2], groups(rows, "layers"), 2, "layers (rank 256, 788 tokens)")
-    places[0].legend(fontsize=8)
+    if places[0].has_data():
+        places[0].legend(fontsize=8)
     places[0].set_ylabel("step, x frozen floor")
     for by in groups(rows, "crossing").values():
         merged, factored = float(by["merged"]["ms"]), float(by["factored"]["ms"])
@@ -116,6 +117,9 @@ def _line(
     place: Axes, found: dict[tuple[str, ...], dict[str, dict[str, str]]], field: int, name: str
 ) -> None:
     """Ratio with quartiles of every method over one field of the key."""
+    if not found:
+        place.set(xlabel=f"{name}: not measured")
+        return
     for method in LINES:
         rows = [(int(key[field]), by[method]) for key, by in found.items() if method in by]
         x, y = [k for k, _ in rows], [float(row["ratio"]) for _, row in rows]

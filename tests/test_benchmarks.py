@@ -168,3 +168,6 @@ def test_step_time_report_says_where_the_automatic_choice_is_worst(monkeypatch, 
     ]
     (line,) = report.choices(rows)
     assert "within 10 % in 1 of 2; at worst 1.30 x (layer 2 -> 3, rank 4, 8 tokens)" in line
+    for row in rows:
+        row |= {"ms": "1", "low": "0.5"}
+    report.draw(rows).savefig(tmp_path / "parts_that_are_missing_are_left_out.png")

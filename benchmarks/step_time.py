@@ -10,7 +10,7 @@ same batch with AdamW; "floor" is the frozen model with one small parameter that
 method). Rounds visit the methods in turn; a ratio is the median over rounds of a step's time divided by the
 floor's in the same round, with quartiles. "Saved" is what autograd keeps for backward beyond parameters and
 buffers, every storage once; "peak" by how much memory grows during a step. Rows go to
-``benchmarks/results/step_time.csv``, replacing those of the same part, and from there to ``step_time.md`` and
+``benchmarks/results/step_time.csv``, each as soon as it is there, and from there to ``step_time.md`` and
 ``step_time.png``.
 """
 
@@ -52,10 +52,10 @@ TABLE = [  # shape, layers, rank, batch
     ("ViT-tiny", 12, 64, 8),
     ("ViT-small", 12, 1024, 8),
     ("ViT-small", 12, 64, 4),
-    ("ViT-base", 12, 1024, 8),
+    ("BERT", 4, 256, 8),
+    ("GPT-2", 4, 256, 8),
     ("ViT-base", 12, 64, 2),
-    ("BERT", 4, 256, 16),
-    ("GPT-2", 4, 256, 16),
+    ("ViT-base", 12, 1024, 8),
 ]
 ON_CUDA = [
     ("ViT-base", 12, 1024, 64),
@@ -191,6 +191,8 @@ def measured(part: str, given: argparse.Namespace) -> Iterator[dict]:
     if part == "table":
         rows = ON_CUDA if given.device == "cuda" else TABLE
         for shape, layers, rank, batch in [("ViT-tiny", 1, 16, 1)] if quick else rows:
+            if given.shapes and shape not in given.shapes:
+                continue
             yield from models(part, shape, layers, rank, batch, given)
     elif part == "rank":
         for rank in (16,) if quick else (16, 64, 256, 1024):
@@ -205,16 +207,17 @@ def measured(part: str, given: argparse.Namespace) -> Iterator[dict]:
         yield from (crossing if part == "crossing" else life)(given)
 
 
-def keep(part: str, rows: list[dict], precision: str) -> None:
-    """Put the rows of one part in place of those that the table has of it."""
+def keep(row: dict) -> None:
+    """Put a row into the table, in place of one of the same measurement."""
     path, old = RESULTS / "step_time.csv", []
+    same = COLUMNS[: COLUMNS.index("method") + 1]
     if path.exists():
         with path.open(newline="") as file:
-            old = [r for r in csv.DictReader(file) if (r["part"], r["precision"]) != (part, precision)]
+            old = [r for r in csv.DictReader(file) if any(r[c] != str(row[c]) for c in same)]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*old, *rows])
+        writer.writerows([*old, row])
 
 
 def main() -> None:
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="only make the table and the plot anew")
     parser.add_argument("--seconds", type=float, default=40, help="about so long for each model")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="of the table, only these")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--compile", action="store_true")
@@ -235,9 +239,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for part in () if given.report else given.parts or PARTS:
-        rows = list(measured(part, given))
-        if not given.quick:
-            keep(part, rows, rows[0]["precision"])
+        for row in measured(part, given):
+            if not given.quick:
+                keep(row)
     if not given.quick:
         from step_time_report import report
 

@@ -28,10 +28,18 @@ class Result:
     seconds: float
 
 
+def positive(text: str) -> int:
+    """An option's value, at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
 def options(doc: str, epochs: int, rank: int, out: str) -> argparse.ArgumentParser:
     """The options that every example has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=rank)
+    parser.add_argument("--rank", type=positive, default=rank)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs", out))
@@ -44,7 +52,7 @@ def text_options(doc: str, model: str, epochs: int, out: str) -> argparse.Argume
     parser.add_argument("--offline", action=argparse.BooleanOptionalAction, help="bundled model and text")
     parser.add_argument("--online", dest="offline", action="store_false")
     parser.add_argument("--model", default=model, help="of the hub; online only")
-    parser.add_argument("--limit", type=int, help="use at most so many rows of each part")
+    parser.add_argument("--limit", type=positive, help="use at most so many rows of each part")
     return parser
 
 

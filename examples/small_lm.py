@@ -83,7 +83,7 @@ def load(
         BadInputError: The tokenizer has no token to pad or to end with.
     """
     if small is not None:
-        name = str(folder / f"pretrained-{small}")
+        name = str(folder / f"pretrained-{small}-{epochs}")
         if not Path(name, "config.json").exists():
             _pretrain(small, epochs, name)
     tokenizer = AutoTokenizer.from_pretrained(name)

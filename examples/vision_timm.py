@@ -13,6 +13,7 @@ linear probe 54. With ``--data``: any timm model on a folder ``DIR/train/CLASS/*
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
-from lightning_uora import UORACallback, param_groups, plot_refreshes, plot_vectors
+from lightning_uora import UORACallback, UORAConfig, attach_uora, param_groups, plot_refreshes, plot_vectors
 
 
 class Images(LightningDataModule):
@@ -131,20 +132,31 @@ def draw(result: Result, data: Images, out: Path) -> None:
     plot_refreshes(result.callbacks[0].refreshes).savefig(out / "refreshes.png", dpi=120)
 
 
+def selects(model: nn.Module, targets: str) -> bool:
+    """Whether a preset finds something to adapt: convolutional networks have no attention."""
+    try:
+        return bool(attach_uora(copy.deepcopy(model), UORAConfig(1, targets)))
+    except ValueError:
+        return False
+
+
 def main() -> None:
     """UORA with and without refreshes and with A from the inputs, full fine-tuning, the linear probe."""
     parser = options(__doc__, epochs=60, rank=64, out="vision_timm")
     parser.add_argument("--model", default="small_vit", help="a timm name, with --data")
     parser.add_argument("--pretrained", action="store_true", help="download the model's weights")
     parser.add_argument("--data", type=Path, help="image folder with train/ and val/")
-    parser.add_argument("--target-modules", nargs="+", help="default: attention, for the digits all")
+    parser.add_argument("--target-modules", nargs="+", help="default: attention, else all")
     given = parser.parse_args()
     with one_line_errors():
         if (given.model == "small_vit") != (given.data is None):
             raise BadInputError("--model and --data go together: a timm name and an image folder")
         data = Images(given.data, given.model)
-        Classifier(given.model, len(data.names), given.pretrained)
-    targets = given.target_modules or ("attention" if given.data else ["qkv", "proj", "fc1", "fc2"])
+        model = Classifier(given.model, len(data.names), given.pretrained).model
+        targets = given.target_modules or ["qkv", "proj", "fc1", "fc2"]
+        if given.data is not None and not given.target_modules:
+            targets = "attention" if selects(model, "attention") else "all"
+        attach_uora(model, UORAConfig(given.rank, targets))
 
     def classifier(lr: float = 3e-3) -> Classifier:
         return Classifier(given.model, len(data.names), given.pretrained, lr)

@@ -21,7 +21,7 @@ from lightning_uora.moments import (
     sketch_size,
 )
 from lightning_uora.observer import Observer
-from lightning_uora.projection import Projections, projections_of, seeded_generator
+from lightning_uora.projection import Projections, projections_of, require_no_inference_mode, seeded_generator
 from lightning_uora.ranks import agreed, on_any_rank, summed
 from lightning_uora.sharding import is_sharded
 from lightning_uora.shared_inputs import SharedInputs
@@ -88,6 +88,7 @@ def calibrate_with(
         few: Take fewer rows than r as well, and draw the rest.
     """
     owner = projections_of(model)
+    require_no_inference_mode("calibrate")
     _require_uncalibrated(owner)
     rank, seed = owner.config.rank, owner.config.seed
     watch = _Watch(model, rank, off=True)

@@ -32,7 +32,7 @@ from lightning_uora.companions import (
     refuse_replacing_precision,
     warn_of_spawned_copies,
 )
-from lightning_uora.config import ReinitSchedule, UORAConfig, require_choice
+from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice
 from lightning_uora.counting import accumulating, callbacks_of, step_of, total_steps
 from lightning_uora.injection import attach_uora, is_adapted, named_adapters
 from lightning_uora.projection import OWNER, Projections, projections_of
@@ -121,6 +121,8 @@ class UORACallback(Callback):
         )
         require_choice("checkpoint", checkpoint, ("full", "adapter"))
         self.checkpoint: Literal["full", "adapter"] = checkpoint
+        if reinit is not None and not isinstance(reinit, ReinitSchedule):
+            raise invalid("reinit", reinit, "a ReinitSchedule or None")
         self.reinit = reinit
         if reinit is not None:
             require_growth_possible(reinit.growth, self.config)

@@ -103,7 +103,8 @@ def _inspect(chosen: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
         return
     table, console = found.table(), Console(soft_wrap=True, highlight=False, markup=False)
-    Console(width=max(console.width, console.measure(table).maximum)).print(table)  # no column is dropped
+    wanted = Console(width=10_000).measure(table).maximum  # a console measures at most its own width
+    Console(width=max(console.width, wanted)).print(table)
     for line in found.lines():
         console.print(line)
 

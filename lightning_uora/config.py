@@ -169,7 +169,7 @@ class ReinitSchedule:
             total: Optimizer steps of the whole run; None when the run has no end.
 
         Raises:
-            ValueError: ``start`` or ``stop`` is a fraction and the run has no end.
+            ValueError: ``start`` or ``stop`` is a fraction and the run has no known end.
         """
         first, last = max(1, self._step("start", total)), self._step("stop", total)
         if last < first:
@@ -184,8 +184,9 @@ class ReinitSchedule:
             return moment
         if total is None:
             raise ValueError(
-                f"{name}={moment} is a fraction of the run, which has no end (max_steps and max_epochs are "
-                "unlimited); give start and stop as integers, in optimizer steps."
+                f"{name}={moment} is a fraction of the run, which has no end that is known (max_steps and "
+                "max_epochs are unlimited, or the data has no length): give start and stop as integers, in "
+                "optimizer steps, or set max_steps or limit_train_batches, or reinit=None."
             )
         return round(moment * total)
 

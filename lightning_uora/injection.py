@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_uora.config import UORAConfig
 from lightning_uora.layers import AdaptedModule, adapted_modules, named_parts, specialise, unspecialise
-from lightning_uora.projection import OWNER, Projections, projections_of
+from lightning_uora.projection import OWNER, Projections, projections_of, require_no_inference_mode
 from lightning_uora.sharding import is_sharded
 from lightning_uora.targets import Selection, select
 
@@ -55,6 +55,7 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     Source: VeRA (arXiv:2310.11454) and UORA (arXiv:2505.20154); adapting the effective weight in place is
     *ours*.
     """
+    require_no_inference_mode("attach_uora")
     if is_adapted(model):
         raise ValueError(
             "model is adapted already; call detach_uora(model) first, or keep the adapters it has."

@@ -238,7 +238,8 @@ def model_on_meta(name: str) -> nn.Module:
     backbone in its default size. Nothing of the weights is read; a hub name needs the network or the cache.
 
     Raises:
-        ValueError: Neither library knows the name (near misses are named), or neither is installed.
+        ValueError: Neither library knows the name (near misses are named), neither is installed, or the
+            configuration makes no model.
     """
     timm, transformers = (_optional(package) for package in ("timm", "transformers"))
     if timm is None and transformers is None:
@@ -254,21 +255,32 @@ def model_on_meta(name: str) -> nn.Module:
 
 def _transformers_on_meta(name: str, timm: Any, transformers: Any) -> nn.Module:
     known = transformers.CONFIG_MAPPING
-    if name in known and not Path(name).exists():
-        config = known[name]()
-    else:
-        try:
-            config = transformers.AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            if Path(name).exists():
-                raise ValueError(f"{name}: {error}") from error
-            raise _unknown(name, timm, transformers) from error
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        model: nn.Module = (
-            transformers.AutoModel.from_config(config) if architecture is None else architecture(config)
+    here = Path(name).exists()
+    try:
+        config = (
+            known[name]() if name in known and not here else transformers.AutoConfig.from_pretrained(name)
         )
-    return model
+    except Exception as error:  # transformers raises what it likes of a bad configuration
+        if here or name in known:
+            raise ValueError(f"{name}: {error}") from error
+        raise _unknown(name, timm, transformers) from error
+    try:
+        return _built(config, transformers)
+    except Exception as error:
+        raise ValueError(f"{name}: transformers makes no model of this configuration: {error}") from error
+
+
+def _built(config: Any, transformers: Any) -> nn.Module:
+    """The class that the configuration names, else the backbone, in the configuration's dtype."""
+    named = config.architectures or []
+    architecture = getattr(transformers, named[0], None) if isinstance(named, list) and named else None
+    with torch.device("meta"):
+        if architecture is None:
+            model: nn.Module = transformers.AutoModel.from_config(config)
+        else:
+            model = architecture(config)
+    dtype = getattr(config, "dtype", None)
+    return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
 
 def _unknown(name: str, timm: Any, transformers: Any) -> ValueError:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_uora.config import UORAConfig
+from lightning_uora.config import UORAConfig, require_choice
 from lightning_uora.injection import named_adapters
 from lightning_uora.layers import facts
 from lightning_uora.projection import OWNER, projections_of
@@ -265,6 +265,7 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def check_base(model: nn.Module, expected: dict[str, list[Any]], mismatch: Mismatch) -> None:
     """Raise ``ValueError``, or warn, unless the frozen parameters are those of the fingerprints."""
+    require_choice("base_mismatch", mismatch, ("error", "warn"))
     parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     wrong = [name for name in expected if name not in parameters]
     wrong += [

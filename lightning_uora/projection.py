@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_uora.config import UORAConfig
 from lightning_uora.functional import Init, draw_down, draw_up
 
-__all__ = ["OWNER", "Projections", "projections_of", "seeded_generator"]
+__all__ = ["OWNER", "Projections", "projections_of", "require_no_inference_mode", "seeded_generator"]
 
 OWNER = "uora_projections"
 """Name under which the owner is registered at the root of an adapted model."""
@@ -243,6 +243,12 @@ class Projections(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, init={self.config.init!r}, seed={self.config.seed}"
+
+
+def require_no_inference_mode(action: str) -> None:
+    """Raise ``ValueError`` inside ``torch.inference_mode``: what is made there can never be trained."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{action} inside torch.inference_mode() would leave a model that cannot train.")
 
 
 def projections_of(model: nn.Module) -> Projections:

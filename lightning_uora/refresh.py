@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.functional import one_thread
 from lightning_uora.layers import AdaptedModule, adapted_modules
-from lightning_uora.projection import Projections, projections_of, seeded_generator
+from lightning_uora.projection import Projections, projections_of, require_no_inference_mode, seeded_generator
 from lightning_uora.ranks import agreed, on_any_rank, summed
 from lightning_uora.rotation import basis, cosine, turned_rows, unit_rows, without
 from lightning_uora.sharding import edited, like, reshard_, whole
@@ -147,6 +147,7 @@ def _refresh(
     step: int,
 ) -> dict[str, list[int]]:
     owner = projections_of(model)
+    require_no_inference_mode("a refresh")
     owner.require_calibrated("a refresh")
     reshard_(model)
     _check(model, owner, schedule, step)

@@ -277,3 +277,12 @@ def test_a_process_killed_while_saving_leaves_the_old_adapter_loadable(tmp_path)
     load_adapter(twin, tmp_path)
     assert torch.equal(twin.body[0].uora_b, model.body[0].uora_b)
     save_adapter(model, tmp_path)
+
+
+def test_an_unknown_way_to_meet_another_base_is_refused(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5))
+    other = copy.deepcopy(model)
+    attach_uora(model, UORAConfig(3, "all-linear"))
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="base_mismatch='ignore' is not allowed"):
+        load_adapter(other, tmp_path, base_mismatch="ignore")

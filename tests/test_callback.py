@@ -202,3 +202,9 @@ def test_vectors_stay_float32_and_move_in_every_precision(precision: str):
     for _, module in named_adapters(model):
         assert module.uora_d.dtype == module.uora_b.dtype == torch.float32
         assert module.uora_b.abs().max() > 0
+
+
+@pytest.mark.parametrize("reinit", [{"threshold": 0.5}, True])
+def test_a_schedule_of_another_type_is_refused(reinit):
+    with pytest.raises(ValueError, match="reinit must be a ReinitSchedule or None"):
+        UORACallback(reinit=reinit)

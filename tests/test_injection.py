@@ -11,12 +11,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_uora import (
+    ReinitSchedule,
     UORAConfig,
     adapters_disabled,
     attach_uora,
+    calibrate,
     detach_uora,
     named_adapters,
     param_groups,
+    refresh,
     summarize,
 )
 
@@ -288,3 +291,18 @@ def test_param_groups_give_the_vectors_a_rate_of_their_own_and_no_decay():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model trains"):
         param_groups(model, 1e-3, 1e-1)
+
+
+def test_inference_mode_is_refused_where_it_would_leave_a_model_that_cannot_train():
+    x, model = torch.randn(9, 7), torch.nn.Sequential(torch.nn.Linear(7, 5))
+    config = UORAConfig(3, "all-linear", init="inputs")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"attach_uora inside torch\.inference_mode"):
+        attach_uora(model, config)
+    attach_uora(model, config)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"calibrate inside torch\.inference_mode"):
+        calibrate(model, [x])
+    calibrate(model, [x])
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"a refresh inside torch\.inference_mode"):
+        refresh(model, ReinitSchedule())
+    model(x).sum().backward()
+    assert model[0].uora_b.grad is not None

@@ -76,7 +76,7 @@ def test_a_layers_form_is_the_one_that_it_takes():
     attach_uora(model, config)
     for tokens, form in forms.items():
         grads = model(torch.randn(tokens, 64)).grad_fn.name()
-        assert ("AddFactoredDelta" in grads or "View" in grads) == (form == "factored"), grads
+        assert ("FactoredLinear" in grads) == (form == "factored"), grads
 
 
 def test_seventy_billion_parameters_cost_no_memory(tmp_path, capsys):
@@ -177,3 +177,30 @@ def test_the_bytes_on_disk_with_draws_from_the_inputs_are_those_that_are_saved(t
     tensors = load_file(tmp_path / "uora_adapter.safetensors")
     assert found["adapter_bytes"] == sum(t.nbytes for t in tensors.values())
     assert main(["inspect", "test_vit", "--init", "inputs", "--json"]) == 0
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "vocab_size": 99}
+LLAMA |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_projections_have_the_dtype_that_the_configuration_names(tmp_path, capsys):
+    """Rank 8, width and heights 64: A and B, in two bytes each."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert main(["inspect", str(tmp_path), "--rank", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["projection_bytes"] == 2 * (8 * 64 + 64 * 8)
+
+
+def test_a_narrow_terminal_loses_no_number(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert main(["inspect", str(tmp_path), "--rank", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert "model.layers.*.self_attn.q_proj" in out
+
+
+@pytest.mark.parametrize("bad", [{"hidden_size": "big"}, {"hidden_size": -5}, {"num_attention_heads": 7}])
+def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, capsys, bad):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | bad))
+    assert main(["inspect", str(tmp_path), "--rank", "8"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -46,6 +46,10 @@ class Images(LightningDataModule):
             transform = timm.data.create_transform(**settings)
             self.parts = tuple(ImageFolder(folder / part, transform) for part in ("train", "val"))
             self.names = self.parts[0].classes
+            if self.parts[1].classes != self.names:
+                raise BadInputError(f"{folder}/train and {folder}/val have different classes")
+            for part in self.parts:
+                part[0]  # an unreadable image is an OSError here, and not in the middle of training
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.parts[0], self.batch_size, shuffle=True)

@@ -68,6 +68,17 @@ def test_vision_example_takes_any_timm_model_on_an_image_folder(monkeypatch, fol
     assert "UORA" in capsys.readouterr().out
 
 
+def test_vision_example_refuses_unreadable_images_and_unlike_classes(monkeypatch, folder, tmp_path, capsys):
+    for part, names in (("train", "ab"), ("val", "ab")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").write_text("no image")
+    options = ["--model", "test_vit", "--data", str(tmp_path)]
+    assert "cannot identify image file" in refused(monkeypatch, capsys, "examples/vision_timm.py", *options)
+    (tmp_path / "val" / "b").rename(tmp_path / "val" / "c")
+    assert "different classes" in refused(monkeypatch, capsys, "examples/vision_timm.py", *options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

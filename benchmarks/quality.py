@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=480)
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     if given.quick:
         return quick(given.tasks)
     if not given.report:

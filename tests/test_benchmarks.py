@@ -134,6 +134,8 @@ def test_quality_benchmark_runs_every_method_in_a_small_form(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["quality.py", "--quick", "--tasks", "digits"])
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):  # main sets them; put back after the test
+        monkeypatch.setenv(name, "1")
     quality.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'task'")]
     assert len(rows) == 2 * len(quality.methods(("relative-0.5",), (4,)))

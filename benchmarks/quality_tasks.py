@@ -23,6 +23,7 @@ from typing_extensions import override
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bundled import digits, docstring_topics, minilm
 from compare import quiet_transformers
+from refresh import pretrained
 from small_lm import load
 from vision_timm import small_vit
 
@@ -122,15 +123,7 @@ def _pretrained_vit(seed: int, quick: bool) -> nn.Module:
     if kept.exists():
         model.load_state_dict(torch.load(kept, weights_only=True))
         return model
-    torch.manual_seed(seed)
-    model, data = small_vit(), digits(range(5), moved=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(1 if quick else 25):
-        for batch in torch.randperm(len(data)).split(64):
-            x, y = (t[batch] for t in data.tensors)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    model = pretrained(seed, epochs=1 if quick else 25)
     _keep(model.state_dict(), kept)
     return model
 

@@ -7,7 +7,7 @@
 Every run is one process on one thread, as many at a time as there are cores. For a seed all methods start
 from the same weights and head and see the same batches. Learning rates come from one grid for all methods:
 from a starting point the search goes on to the neighbours until none has a better mean on the validation rows
-of the first two seeds; refreshes take the rate that was chosen without them. Only then are the other seeds
+of the first four seeds; refreshes take the rate that was chosen without them. Only then are the other seeds
 run. A run writes two rows to ``benchmarks/results/quality.csv``, validation and test, as soon as it is over,
 and a run that is there is not made again.
 """
@@ -30,7 +30,7 @@ COLUMNS = ["task", "method", "rank", "refresh", "lr", "seed", "split", "metric",
 COLUMNS += ["adapter_params", "seconds"]
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STARTS = {"full": 1, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
-SEARCHED, SEEDS = 2, 8
+SEARCHED, SEEDS = 4, 8
 RANKS = (16, 4, 64, 256)
 
 

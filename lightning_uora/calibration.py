@@ -321,6 +321,8 @@ def _held(batches: Iterable[Any]) -> list[Any]:
     if isinstance(batches, (Tensor, Mapping)):
         kind = type(batches).__name__
         raise ValueError(f"batches is one {kind}; give an iterable of batches, such as [batch].")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches is {batches!r}; give an iterable of batches, such as a DataLoader.")
     kept = list(batches)
     empty = None if kept else ValueError("batches is empty; calibration needs at least one batch.")
     _raise_together(empty)

@@ -186,6 +186,17 @@ class UORACallback(Callback):
             if not self._resumed:
                 self._refresher = Refresher(self._refresher.schedule, self._refresher.due, self._last_step)
             self._resumed = False
+            if not self._refresher.due:
+                rank_zero_warn(
+                    f"reinit never refreshes in this run: start={self._refresher.schedule.start} comes after "
+                    f"stop={self._refresher.schedule.stop} of its {total_steps(trainer)} steps."
+                )
+        adapters = [module for _, module in named_adapters(pl_module)]
+        if self.config.dropout and not any(module.training for module in adapters):
+            rank_zero_warn(
+                f"dropout={self.config.dropout} does nothing: the adapted modules are in evaluation mode, as "
+                "from_pretrained leaves them; call train() on the model before fitting."
+            )
 
     @override
     def on_train_batch_start(

@@ -18,6 +18,7 @@ from lightning_uora.injection import attach_uora, detach_uora, is_adapted, named
 from lightning_uora.manifest import (
     Mismatch,
     check_base,
+    check_checkpoint,
     check_keys,
     check_manifest,
     check_names,
@@ -120,7 +121,7 @@ class CheckpointHooks:
             if not any("uora_" in key for key in state):  # the plain model's, from before it was adapted
                 state |= {k: v for k, v in self.module.state_dict().items() if "uora_" in k}
         else:
-            check_manifest(manifest, "the checkpoint")
+            check_checkpoint(checkpoint, "the checkpoint")
             _check_same_config(projections_of(root).config, config_of(manifest))
             if manifest["kind"] == "adapter":
                 state = self._completed(root, prefix, manifest, state)
@@ -187,7 +188,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} was not made with UORACallback; the class's own load_from_checkpoint reads it."
         )
-    check_manifest(checkpoint["uora"], str(path))
+    check_checkpoint(checkpoint, str(path))
     check_vectors(checkpoint["uora"], checkpoint["state_dict"], str(path))
     return checkpoint
 
@@ -221,8 +222,12 @@ def load_from_checkpoint(
             they must bring the pretrained base back.
 
     Raises:
-        ValueError: The file is no checkpoint made with ``UORACallback``, or does not fit the module.
+        ValueError: The file is no checkpoint made with ``UORACallback``, or does not fit the module;
+            ``map_location``, ``strict`` or ``weights_only`` among ``kwargs``.
     """
+    given = sorted({"map_location", "strict", "weights_only"} & set(kwargs))
+    if given:
+        raise ValueError(f"{given[0]} is not an argument here: the module comes whole, on the CPU.")
     checkpoint = read_checkpoint(path)
     manifest, empty = checkpoint["uora"], io.BytesIO()
     torch.save({**checkpoint, "state_dict": {}}, empty)

@@ -64,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument(
         "--base-model", metavar="NAME", help="base_model_name_or_path in the PEFT configuration"
     )
+    export.add_argument(
+        "--submodule",
+        default="",
+        metavar="PATH",
+        help="the model inside the LightningModule that PEFT will wrap, such as model; names start there",
+    )
     chosen = parser.parse_args(arguments)
     try:
         {"inspect": _inspect, "show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
@@ -178,8 +184,24 @@ def _export(chosen: argparse.Namespace) -> None:
         raise ValueError(
             f"module {both[0]!r} is adapted and its bias was trained; PEFT has no place for that."
         )
+    lost = [name for name in manifest["trained"] if name not in inner]
+    if lost:
+        raise ValueError(f"{chosen.source} is damaged: it lacks {lost[0]!r}.")
     trained = {name: inner[name] for name in manifest["trained"]}
-    write_peft(adapters, manifest["layers"], heads, trained, chosen.out, chosen.format, chosen.base_model)
+    adapters, layers, trained, modules = (
+        _within(chosen.submodule, named)
+        for named in (adapters, manifest["layers"], trained, dict.fromkeys(heads))
+    )
+    write_peft(adapters, layers, list(modules), trained, chosen.out, chosen.format, chosen.base_model)
+
+
+def _within(path: str, named: dict[str, Any]) -> dict[str, Any]:
+    """The same with names as they are inside the module at ``path``, which must hold them all."""
+    prefix = f"{path}." if path else ""
+    for name in named:
+        if not name.startswith(prefix):
+            raise ValueError(f"--submodule {path}: {name!r}, which was trained, lies outside.")
+    return {name.removeprefix(prefix): value for name, value in named.items()}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "Mismatch",
     "adapter_state",
     "check_base",
+    "check_checkpoint",
     "check_keys",
     "check_manifest",
     "check_names",
@@ -59,6 +60,10 @@ SHAPE = {
 """What a manifest holds, and as what."""
 
 
+PARTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Parameters that are ever adapted."""
+
+
 Mismatch = Literal["error", "warn"]
 
 
@@ -80,6 +85,24 @@ def check_manifest(manifest: Any, where: str) -> None:
         raise ValueError(f"{where} is damaged: {error or 'its content is not what it should be'}.") from error
 
 
+def check_checkpoint(checkpoint: dict[str, Any], where: str) -> None:
+    """Raise ``ValueError`` unless a checkpoint's manifest, and what a checkpoint adds to it, can be read."""
+    check_manifest(checkpoint["uora"], where)
+    kind, root = checkpoint["uora"].get("kind"), checkpoint["uora"].get("root")
+    state = checkpoint.get("state_dict")
+    tensors = isinstance(state, dict) and all(
+        isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+        for key, value in state.items()
+    )
+    wrong = {
+        "kind": kind not in ("full", "adapter"),
+        "root": not isinstance(root, str),
+        "state_dict": not tensors,
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise ValueError(f"{where} is damaged: it lacks {name}, or has something else in its place.")
+
+
 # Note [Files from others]
 # A manifest is data from anywhere. Everything that is indexed, multiplied or used as a name later is looked
 # at first: types, ranges, that the rank is the one of the stored vectors, so that no memory is taken for
@@ -97,9 +120,12 @@ def _check_content(manifest: dict[str, Any]) -> None:
     _need(sorted(manifest["adapted"]) == sorted(manifest["layers"]), "the list of adapted modules")
     for name, layer in manifest["layers"].items():
         _need(isinstance(layer["kind"], str), f"the kind of {name!r}")
+        flags = isinstance(layer["product"], bool) and isinstance(layer["direct"], bool)
+        kernel = isinstance(layer["kernel"], list) and all(map(_is_count, layer["kernel"]))
+        _need(flags and kernel, f"what is told of {name!r}")
         for part, row, m, n, transposed in layer["parts"]:
             sizes = (row, m, n)
-            _need(isinstance(part, str) and isinstance(transposed, bool), f"a part of {name!r}")
+            _need(part in PARTS and isinstance(transposed, bool), f"a part of {name!r}")
             _need(all(map(_is_count, sizes)) and max(sizes) <= WIDEST, f"the sizes {sizes} of {name!r}")
     for entry in manifest["record"]:
         _need(_is_count(entry["step"]), f"the step {entry['step']!r} of a refresh")

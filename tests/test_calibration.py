@@ -267,6 +267,7 @@ def never_second(model: Shifting) -> None:
 BAD = {
     "no batch": ([], None, "batches is empty"),
     "one tensor": (torch.randn(9, 4), None, r"batches is one Tensor; .* such as \[batch\]"),
+    "nothing": (None, None, "batches is None"),
     "one mapping": ({"x": torch.randn(9, 4)}, None, "batches is one dict"),
     "refused": (
         [torch.randn(9, 4), torch.randn(9, 5)],

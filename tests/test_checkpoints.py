@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_uora import ReinitSchedule, UORACallback, detach_uora, load_from_checkpoint, named_adapters
+from lightning_uora.cli import main
 from tests.toys import BUILT, BuiltInConfigureModel, Toy, callback, data, equal_batches, trainer
 
 KINDS = ["full", "adapter"]
@@ -168,6 +169,61 @@ def test_a_faulty_adapter_checkpoint_is_an_error_and_nothing_is_half_loaded(tmp_
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_loading_takes_the_arguments_of_the_class_alone(tmp_path):
+    run = trainer(uora("full"))
+    run.fit(made(), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="map_location is not an argument here"):
+        load_from_checkpoint(Normed, tmp_path / "a.ckpt", map_location="cpu")
+
+
+def places(value, path=()):
+    """Paths of everything inside dicts and lists, of lists the first entry."""
+    if path:
+        yield path
+    children = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        children = list(enumerate(value[:1]))
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_wrong_in_a_checkpoint_is_a_value_error(tmp_path, kind: str):
+    run = trainer(uora(kind))
+    run.fit(made(), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    whole = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    lost, refused, others, path = object(), 0, [], tmp_path / "b.ckpt"
+    for place in places({key: whole[key] for key in ("state_dict", "uora")}):
+        for wrong in (lost, "x"):
+            broken = copy.deepcopy(whole)
+            holder = broken
+            for key in place[:-1]:
+                holder = holder[key]
+            if wrong is lost:
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = wrong
+            torch.save(broken, path)
+            for use in (lambda: load_from_checkpoint(Normed, path), lambda: exported(path, tmp_path)):
+                try:
+                    torch.manual_seed(4)
+                    use()
+                except ValueError:
+                    refused += 1
+                except RuntimeError as error:
+                    others.append(str(error))
+    assert refused > 80
+    assert all("loading state_dict" in message for message in others)  # torch's own, for the base
+
+
+def exported(path, folder):
+    """The command's exit status becomes its error."""
+    if main(["export", str(path), str(folder / "peft")]) == 2:
+        raise ValueError("refused")
 
 
 def test_another_base_can_be_accepted_by_an_explicit_option(tmp_path):

@@ -79,6 +79,20 @@ def test_export_needs_no_model(tmp_path, source: str):
     torch.testing.assert_close(inner["head"](inner["body"](x)), model.eval()(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_export_for_the_model_inside(tmp_path):
+    base, model, path = checkpoint(tmp_path, "full")
+    arguments = ["export", str(path), str(tmp_path / "peft"), "--submodule", "body"]
+    assert main(arguments) == 2  # the head lies outside
+    saved = torch.load(path, weights_only=True)
+    saved["uora"]["trained"] = []
+    torch.save(saved, path)
+    assert main(arguments) == 0
+    loaded = peft.PeftModel.from_pretrained(base.body, tmp_path / "peft")
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(loaded.eval()(x), model.eval().body(x), atol=1e-5, rtol=1e-4)
+
+
 def test_show_tells_what_is_there(tmp_path, capsys):
     _, model, path = checkpoint(tmp_path, "full")
     save_adapter(model, tmp_path / "folder")

@@ -157,6 +157,19 @@ def test_a_schedule_that_never_selects_warns_at_the_end():
         trainer(refreshing(threshold=1e-9, threshold_mode="absolute")).fit(Toy(), data())
 
 
+def test_a_window_that_is_over_before_it_starts_warns():
+    with pytest.warns(
+        UserWarning, match=r"never refreshes in this run: start=100 comes after stop=0\.5 of its"
+    ):
+        trainer(refreshing(start=100, stop=0.5)).fit(Toy(), data())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_a_model_in_evaluation_mode_warns(training: bool, recwarn):
+    trainer(callback(dropout=0.5)).fit(Toy().train(training), data())
+    assert any("evaluation mode" in str(warning.message) for warning in recwarn) is not training
+
+
 def test_no_schedule_no_refresh():
     uora = callback(reinit=None)
     trainer(uora).fit(Toy(), data())

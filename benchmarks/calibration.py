@@ -1,8 +1,7 @@
-"""Draws that know the inputs, measured: what calibration costs, how good the sketch is, what it buys.
+"""Draws that know the inputs, measured: what calibration costs, and how good the sketch is.
 
     python benchmarks/calibration.py cost       # seconds and memory; about six minutes on one core
     python benchmarks/calibration.py sketch     # principal angles to the exact axes, on trained features
-    python benchmarks/calibration.py quality    # digits, r 16, four seeds; about six minutes on one core
     add --quick for a smoke run, --device cuda for an accelerator
 
 Cost: random weights, random inputs. ViT-B/16, a BERT-base shape, and two layers of a 1-billion Llama shape
@@ -10,13 +9,12 @@ Cost: random weights, random inputs. ViT-B/16, a BERT-base shape, and two layers
 step is forward, backward and AdamW on the vectors. "Held" is what the moments occupy beyond A; on an
 accelerator the peak of the allocator beyond that of a forward without gradients is given too. Sketch: the
 axes of each layer's inputs in a ViT (width 384) trained on the digits, found exactly in float64 and by
-the sketch. Quality: the task of ``benchmarks/refresh.py``; differences are paired by seed.
+the sketch. What it does to the scores is in the table of ``benchmarks/quality.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -29,17 +27,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, calibrate, named_adapters
-from lightning_uora.calibration import _Watch, inputs_observed
+from lightning_uora import UORAConfig, attach_uora, calibrate, named_adapters
+from lightning_uora.calibration import _Watch
 from lightning_uora.moments import ExactMoment, SketchedMoment, sketch_size
 from lightning_uora.observer import Observer
 from lightning_uora.projection import projections_of
-from lightning_uora.refresh import Refresher
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from refresh import pretrained
-from vision_timm import digits
+from bundled import digits
 
 TARGETS = ["qkv", "proj", "fc1", "fc2"]
 
@@ -198,76 +193,10 @@ def compare(moment: ExactMoment | SketchedMoment, inputs: Tensor, exact: Tensor)
     return angles.mean().item(), angles.max().item(), single, lost.item()
 
 
-POLICIES: dict[str, tuple[str, str, str | None]] = {
-    # name: (init, share, growth of the refreshes or None)
-    "random, model": ("orthogonal", "model", None),
-    "inputs, layer": ("inputs", "layer", None),
-    "inputs, model": ("inputs", "model", None),
-    "inputs, layer, refresh random": ("inputs", "layer", "random"),
-    "inputs, layer, refresh gradient": ("inputs", "layer", "gradient"),
-    "inputs, layer, refresh inputs": ("inputs", "layer", "inputs"),
-}
-
-
-def adapt(base: nn.Module, policy: str, rank: int, seed: int, steps: int) -> float:
-    """Train one policy as ``benchmarks/refresh.py`` does; test accuracy in percent."""
-    init, share, growth = POLICIES[policy]
-    model, data = copy.deepcopy(base), digits(range(5, 10), moved=True)
-    attach_uora(model, UORAConfig(rank, TARGETS, ["patch_embed"], seed=seed, share=share, init=init))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data), generator=generator)
-    train, test = order[:250], order[250:]
-    drawn = [train[torch.randint(250, (64,), generator=generator)] for _ in range(steps)]
-    if init == "inputs":
-        calibrate(model, [data.tensors[0][batch] for batch in drawn[:8]])
-    vectors = [v for _, m in named_adapters(model) for v in (m.uora_d, m.uora_b)]
-    groups = [{"params": vectors, "lr": 0.1, "weight_decay": 0.0}, {"params": list(model.head.parameters())}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    schedule = ReinitSchedule(growth=growth) if growth else None
-    refresher = Refresher(schedule, schedule.due_steps(steps)) if schedule else None
-    for step, batch in enumerate(drawn, 1):
-        if refresher is not None:
-            refresher.before_step(model, step - 1)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(data.tensors[0][batch]), data.tensors[1][batch]).backward()
-        optimizer.step()
-        cosine.step()
-        if refresher is None:
-            continue
-        if growth == "inputs" and refresher.is_due(step):
-            with inputs_observed(model, [data.tensors[0][batch]]):
-                refresher.after_step(model, [optimizer], step)
-        else:
-            refresher.after_step(model, [optimizer], step)
-    with torch.no_grad():
-        right = model.eval()(data.tensors[0][test]).argmax(1) == data.tensors[1][test]
-    return 100 * right.float().mean().item()
-
-
-def quality(quick: bool) -> None:
-    """Accuracy of every policy, and paired differences to the random draw."""
-    seeds, steps = (range(2), 10) if quick else (range(4), 240)
-    scores: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    for seed in seeds:
-        base = pretrained(seed, 1 if quick else 25)
-        for policy in POLICIES:
-            scores[policy].append(adapt(base, policy, 16, seed, steps))
-            print(f"seed {seed}, {policy}: {scores[policy][-1]:.2f}", flush=True)
-    print("\n| A, share | accuracy, % | difference to random |\n|---|---|---|")
-    for policy, mine in scores.items():
-        paired = [a - b for a, b in zip(mine, scores["random, model"], strict=True)]
-        error = statistics.stdev(paired) / len(paired) ** 0.5
-        print(
-            f"| {policy} | {statistics.mean(mine):.1f} ± {statistics.stdev(mine):.1f} | "
-            f"{statistics.mean(paired):+.2f} ± {error:.2f} |"
-        )
-
-
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "sketch", "quality"])
+    parser.add_argument("what", choices=["cost", "sketch"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -276,7 +205,7 @@ def main() -> None:
     if arguments.what == "cost":
         cost(arguments.quick, arguments.device)
     else:
-        (sketch if arguments.what == "sketch" else quality)(arguments.quick)
+        sketch(arguments.quick)
 
 
 if __name__ == "__main__":

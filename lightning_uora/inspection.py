@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -279,6 +280,11 @@ def _built(config: Any, transformers: Any) -> nn.Module:
             model: nn.Module = transformers.AutoModel.from_config(config)
         else:
             model = architecture(config)
+    if named and architecture is None:
+        warnings.warn(
+            f"transformers has no class {named[0]!r}: its backbone, {type(model).__name__}, is counted.",
+            stacklevel=2,
+        )
     dtype = getattr(config, "dtype", None)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 

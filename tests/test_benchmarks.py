@@ -30,7 +30,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def done_by(quality, rates: dict[float, float], seeds=(0, 1)) -> dict:
+def done_by(quality, rates: dict[float, float], seeds=range(4)) -> dict:
     """Validation scores of LoRA r 8 by learning rate, a point apart over the seeds."""
     return {
         quality.Run("digits", "lora", 8, "off", lr, seed): {"val": score + seed, "test": 0.0}
@@ -43,7 +43,7 @@ def test_the_search_asks_for_the_neighbours_of_its_start(quality):
     lr, needed = quality.search("digits", ("lora", 8, "off"), {})
     assert lr is None
     assert {run.lr for run in needed} == {1e-3, 3e-3, 1e-2}
-    assert {run.seed for run in needed} == {0, 1}
+    assert {run.seed for run in needed} == {0, 1, 2, 3}
 
 
 def test_the_search_walks_to_the_best_rate_and_stops_there(quality):
@@ -64,7 +64,7 @@ def test_refreshes_take_the_rate_that_was_chosen_without_them(quality):
     done = {
         quality.Run("digits", "uora", 16, "off", lr, seed): {"val": value, "test": 0.0}
         for lr, value in ((1e-2, 1.0), (3e-2, 2.0), (1e-1, 0.0))
-        for seed in (0, 1)
+        for seed in range(4)
     }
     assert quality.search("digits", ("uora", 16, "relative-0.5"), done)[0] == 3e-2
     wanted = list(quality.wanted(["digits"], [("uora", 16, "relative-0.5")], 3, done))
@@ -81,8 +81,8 @@ def test_a_run_that_is_in_the_table_is_not_made_again(quality, tmp_path):
         rows = [{**row, "split": split, "value": value} for split, value in found.items()]
         quality.append(tmp_path / "quality.csv", rows)
     assert quality.read(tmp_path / "quality.csv") == done
-    left = list(quality.wanted(["digits"], [("lora", 8, "off")], 3, done))
-    assert left == [quality.Run("digits", "lora", 8, "off", 3e-3, 2)]
+    left = list(quality.wanted(["digits"], [("lora", 8, "off")], 5, done))
+    assert left == [quality.Run("digits", "lora", 8, "off", 3e-3, 4)]
 
 
 def table_of(quality, path: Path, tests: dict[tuple[str, int, str], list[float]]) -> None:
@@ -102,19 +102,19 @@ def table_of(quality, path: Path, tests: dict[tuple[str, int, str], list[float]]
 
 def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(quality, tmp_path):
     report = importlib.import_module("quality_report")
-    ours, theirs = [90.0, 91.0, 95.0], [88.0, 90.0, 91.0]
+    ours, theirs = [90.0, 91.0, 95.0, 93.0], [88.0, 90.0, 91.0, 92.0]
     scores = {("uora+inputs", 4, "off"): ours, ("vera", 16, "off"): theirs, ("lora", 8, "off"): theirs}
     table_of(quality, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
     table = report.tabulate(tmp_path / "quality.csv")
     assert table.scores["digits"]["uora+inputs", 4, "off"] == dict(enumerate(ours))
     found = table.difference("digits", ("uora+inputs", 4, "off"), ("vera", 16, "off"))
-    differences = [2.0, 1.0, 4.0]
+    differences = [2.0, 1.0, 4.0, 1.0]
     assert found.mean == statistics.mean(differences)
-    assert found.half == pytest.approx(4.302653 * statistics.stdev(differences) / math.sqrt(3))
+    assert found.half == pytest.approx(3.182446 * statistics.stdev(differences) / math.sqrt(4))
     text = "\n".join(report.goals(table))
-    assert f'| digits | UORA, `init="inputs"`, r 4 |  | {found} | 3 | no |' in text
-    assert "| 2.0 x | +2.33 ±" in text
-    assert "| relative-0.5 | +0.00 ± 0.00 | 3 | no |" in text
+    assert f'| digits | UORA, `init="inputs"`, r 4 |  | {found} | 4 | yes |' in text
+    assert "| 2.0 x | +2.00 ±" in text
+    assert "| relative-0.5 | +0.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
     report.report(tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 3_000
     assert "## digits" in (tmp_path / "quality.md").read_text()

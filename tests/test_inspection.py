@@ -190,6 +190,12 @@ def test_projections_have_the_dtype_that_the_configuration_names(tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["totals"]["projection_bytes"] == 2 * (8 * 64 + 64 * 8)
 
 
+def test_an_architecture_that_transformers_lacks_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["FooForCausalLM"]}))
+    with pytest.warns(UserWarning, match="no class 'FooForCausalLM': its backbone, LlamaModel, is counted"):
+        assert main(["inspect", str(tmp_path), "--rank", "8", "--json"]) == 0
+
+
 def test_a_narrow_terminal_loses_no_number(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))

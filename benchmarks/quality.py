@@ -157,7 +157,7 @@ def carry_out(
 def quick(tasks: list[str]) -> None:
     """Each task once by each method, eight steps; no result is kept."""
     for task in tasks:
-        for method in methods(("relative-0.5",), ranks=(4,)):
+        for method in methods(("lambda-0.2",), ranks=(4,)):
             print(*execute(Run(task, *method, GRID[STARTS[method[0]]], 0), quick=True), sep="\n", flush=True)
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=["digits", "manual", "docstrings", "docstrings-all"])
-    parser.add_argument("--refreshes", nargs="+", default=["relative-0.5"], help="of POLICIES")
+    parser.add_argument("--refreshes", nargs="+", default=["lambda-0.2"], help="of POLICIES")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

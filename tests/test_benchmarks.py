@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_uora import ReinitSchedule
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -138,7 +140,7 @@ def test_quality_benchmark_runs_every_method_in_a_small_form(
         monkeypatch.setenv(name, "1")
     quality.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'task'")]
-    assert len(rows) == 2 * len(quality.methods(("relative-0.5",), (4,)))
+    assert len(rows) == 2 * len(quality.methods(("lambda-0.2",), (4,)))
     assert not list(tmp_path.rglob("*.csv"))
 
 
@@ -173,3 +175,8 @@ def test_step_time_report_says_where_the_automatic_choice_is_worst(monkeypatch, 
     for row in rows:
         row |= {"ms": "1", "low": "0.5"}
     report.draw(rows).savefig(tmp_path / "parts_that_are_missing_are_left_out.png")
+
+
+def test_the_policy_that_the_table_calls_the_default_is_it(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    assert importlib.import_module("quality_methods").POLICIES["lambda-0.2"] == ReinitSchedule()

@@ -159,7 +159,7 @@ def test_a_schedule_that_never_selects_warns_at_the_end():
 
 def test_a_window_that_is_over_before_it_starts_warns():
     with pytest.warns(
-        UserWarning, match=r"never refreshes in this run: start=100 comes after stop=0\.5 of its"
+        UserWarning, match=r"never refreshes in this run of 8 steps: .* start=100 to stop=0\.5"
     ):
         trainer(refreshing(start=100, stop=0.5)).fit(Toy(), data())
 

@@ -187,9 +187,10 @@ class UORACallback(Callback):
                 self._refresher = Refresher(self._refresher.schedule, self._refresher.due, self._last_step)
             self._resumed = False
             if not self._refresher.due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                schedule = self._refresher.schedule
                 rank_zero_warn(
                     f"reinit never refreshes in this run of {total_steps(trainer)} steps: its window, from "
-                    f"start={self._refresher.schedule.start} to stop={self._refresher.schedule.stop}, is empty."
+                    f"start={schedule.start} to stop={schedule.stop}, is empty."
                 )
         adapters = [module for _, module in named_adapters(pl_module)]
         if self.config.dropout and not any(module.training for module in adapters):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 Groups = dict[tuple[str, ...], dict[str, dict[str, str]]]
 LINES = ("uora", "peft vera", "peft lora r 8", "full")
@@ -105,6 +106,10 @@ def draw(rows: list[dict[str, str]]) -> Figure:
     for by in groups(rows, "crossing").values():
         merged, factored = float(by["merged"]["ms"]), float(by["factored"]["ms"])
         places[3].loglog(float(by["auto"]["low"]), factored / merged, "o", color="C0", markersize=4)
+    for axis in (places[3].xaxis, places[3].yaxis):
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
+    places[3].set_yticks([0.5, 1, 2, 5])
     places[3].axvline(1, color="grey", linewidth=0.8)
     places[3].axhline(1, color="grey", linewidth=0.8)
     places[3].set(xlabel="factored / merged, counted operations", ylabel="factored / merged, measured time")
@@ -126,7 +131,10 @@ def _line(
         low = [float(row["ratio"]) - float(row["low"]) for _, row in rows]
         high = [float(row["high"]) - float(row["ratio"]) for _, row in rows]
         place.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, linewidth=1, label=method)
-    place.set(xscale="log", yscale="log", xlabel=name)
+    measured = sorted({int(key[field]) for key in found})
+    place.set(xscale="log", xlabel=name)
+    place.set_xticks(measured, [f"{value:,}" for value in measured])
+    place.xaxis.set_minor_formatter(NullFormatter())
 
 
 def report(folder: Path) -> None:

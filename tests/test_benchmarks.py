@@ -98,7 +98,7 @@ def table_of(quality, path: Path, tests: dict[tuple[str, int, str], list[float]]
                 row = {"task": "digits", "method": method, "rank": rank, "refresh": refresh, "seed": seed}
                 row |= {"lr": quality.GRID[start + step], "metric": "accuracy", "seconds": 2}
                 row |= {"adapter_params": 100 * (rank or 1)}
-                scores = {"val": 50.0 + bonus, "test": value if step == 0 else 99.0}
+                scores = {"val": 50.0 + bonus + (refresh != "off"), "test": value if step == 0 else 99.0}
                 quality.append(path, [{**row, "split": s, "value": v} for s, v in scores.items()])
 
 
@@ -116,7 +116,7 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     text = "\n".join(report.goals(table))
     assert f'| digits | UORA, `init="inputs"`, r 4 |  | {found} | 4 | yes |' in text
     assert "| 2.0 x | +2.00 ±" in text
-    assert "| relative-0.5 | +0.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
+    assert "| relative-0.5 | +1.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
     report.report(tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 3_000
     assert "## digits" in (tmp_path / "quality.md").read_text()

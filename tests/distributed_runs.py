@@ -379,7 +379,7 @@ def tools(folder: Path) -> dict[str, Any]:
         model.eval()(rows()[:8][0])  # leaves the parameters whole
     before = model.body[0].uora_d.detach().clone()
     cache = [dict(module._uora.cache) for module in (model.body[0], model.body[2])]
-    turned = refresh(model, ReinitSchedule(threshold=2.0, max_fraction=0.5))
+    turned = refresh(model, ReinitSchedule(threshold=2.0, max_fraction=0.5, interpolation=0.5))
     save_adapter(model, folder / "adapter")
     weight = model.body[0].weight
     return {

@@ -55,7 +55,7 @@ def trained(seed: int = 0, rank: int = 4, share: str = "layer", **options) -> Ne
         optimizer.zero_grad()
         model(torch.randn(8, 5)).square().mean().backward()
         optimizer.step()
-        refresh(model, ReinitSchedule(threshold=2.0, max_fraction=0.5), optimizer)
+        refresh(model, ReinitSchedule(threshold=2.0, max_fraction=0.5, interpolation=0.5), optimizer)
     return model
 
 

@@ -122,23 +122,16 @@ def _pretrained_vit(seed: int, quick: bool) -> nn.Module:
     if kept.exists():
         model.load_state_dict(torch.load(kept, weights_only=True))
         return model
-    model = pretrained(seed, epochs=1 if quick else 25)
-    _keep(model.state_dict(), kept)
-    return model
-
-
-def pretrained(seed: int, epochs: int) -> nn.Module:
-    """The small ViT after some epochs on 0-4, with a fresh head."""
     torch.manual_seed(seed)
     model, data = small_vit(), digits(range(5), moved=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
+    for _ in range(1 if quick else 25):
         for batch in torch.randperm(len(data)).split(64):
             x, y = (t[batch] for t in data.tensors)
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-    model.reset_classifier(5)
+    _keep(model.state_dict(), kept)
     return model
 
 

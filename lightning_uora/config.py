@@ -99,7 +99,7 @@ class ReinitSchedule:
             lowest such share.
         max_fraction: At most this share of the rows in one refresh, the weakest first.
         interpolation: λ in [0, 1]. A row turns by the angle whose tangent is λ / (1 - λ): 0 changes nothing,
-            1 replaces. The default, 14 degrees, cost nothing in ``benchmarks/quality.py``; 0.5 cost a point.
+            1 replaces. The default is 14 degrees; ``benchmarks/results/quality.md`` compares others.
         start: First step of the window; a float is a fraction of the run's steps, an integer a step.
         stop: Last step of the window, likewise.
         vectors: Whose magnitudes decide: ``"d"`` (rows of A with columns of B), ``"b"`` (rows of B).

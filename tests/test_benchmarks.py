@@ -106,6 +106,7 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     report = importlib.import_module("quality_report")
     ours, theirs = [90.0, 91.0, 95.0, 93.0], [88.0, 90.0, 91.0, 92.0]
     scores = {("uora+inputs", 4, "off"): ours, ("vera", 16, "off"): theirs, ("lora", 8, "off"): theirs}
+    scores |= {("vera", 4, "off"): theirs, ("uora", 4, "off"): [94.0] * 4}
     table_of(quality, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
     table = report.tabulate(tmp_path / "quality.csv")
     assert table.scores["digits"]["uora+inputs", 4, "off"] == dict(enumerate(ours))
@@ -114,8 +115,10 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     assert found.mean == statistics.mean(differences)
     assert found.half == pytest.approx(3.182446 * statistics.stdev(differences) / math.sqrt(4))
     text = "\n".join(report.goals(table))
-    assert f'| digits | UORA, `init="inputs"`, r 4 |  | {found} | 4 | yes |' in text
-    assert "| 2.0 x | +2.00 ±" in text
+    assert f'| digits | UORA, `init="inputs"`, r 4 |  | +0.00 ± 0.00 | {found} | 4 | yes |' in text
+    assert "| 2.0 x | +0.00 ± 0.00 | +2.00 ±" in text
+    assert f"r 4 | less PEFT VeRA | +0.00 ± 0.00 | {found} | 4 | no |" in text
+    assert "r 4 | less UORA | +0.00 ± 0.00 | -1.75 ±" in text
     assert "| relative-0.5 | +1.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
     report.report(tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 3_000

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_uora.functional import one_thread
-from lightning_uora.layers import AdaptedModule, Part, adapted_modules
+from lightning_uora.kinds import Part
+from lightning_uora.layers import AdaptedModule, adapted_modules
 from lightning_uora.moments import (
     Axes,
     ExactMoment,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_uora.config import UORAConfig
-from lightning_uora.layers import AdaptedModule, adapted_modules, named_parts, specialise, unspecialise
+from lightning_uora.kinds import named_parts
+from lightning_uora.layers import AdaptedModule, adapted_modules, specialise, unspecialise
 from lightning_uora.projection import OWNER, Projections, projections_of, require_no_inference_mode
 from lightning_uora.sharding import is_sharded
 from lightning_uora.targets import Selection, select

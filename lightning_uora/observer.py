@@ -20,7 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_uora.layers import AdaptedModule, Part, adapted_modules
+from lightning_uora.kinds import Part
+from lightning_uora.layers import AdaptedModule, adapted_modules
 from lightning_uora.patches import patches
 from lightning_uora.projection import projections_of, seeded_generator
 

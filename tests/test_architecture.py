@@ -17,6 +17,8 @@ FLOORS = {
     "shared_inputs": 0,
     "moments": 1,
     "sharding": 0,
+    "kinds": 1,
+    "roles": 2,
     "projection": 1,
     "ranks": 1,
     "layers": 2,

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, CLIPConfig
 
 from lightning_uora import UORAConfig
-from lightning_uora.targets import find_heads, select
+from lightning_uora.roles import find_heads
+from lightning_uora.targets import select
 
 
 def chosen(model: nn.Module, target="attention", **options) -> tuple[str, ...]:

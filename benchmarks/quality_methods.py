@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, calibrate
 from lightning_uora.calibration import inputs_observed
-from lightning_uora.refresh import Refresher
+from lightning_uora.refresher import Refresher
 
 POLICIES: dict[str, ReinitSchedule | None] = {
     "off": None,

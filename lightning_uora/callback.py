@@ -34,10 +34,11 @@ from lightning_uora.companions import (
 )
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice
 from lightning_uora.counting import accumulating, callbacks_of, step_of, total_steps
+from lightning_uora.growth import require_growth_possible
 from lightning_uora.injection import attach_uora, is_adapted, named_adapters
 from lightning_uora.projection import OWNER, Projections, projections_of
 from lightning_uora.ranks import alone, mean_gradients
-from lightning_uora.refresh import Refresher, require_growth_possible
+from lightning_uora.refresher import Refresher
 from lightning_uora.report import Summary, plot_refreshes, plot_vectors, summarize
 from lightning_uora.sharding import is_sharded, like, reshard_
 from lightning_uora.training_batches import TrainingBatches

@@ -109,6 +109,12 @@ class Projections(nn.Module):
         """B for height m, shape (m, r): the layer's own once it has refreshed it, else the shared one."""
         return cast(Tensor, self._buffers.get(f"B_{m}_{layer}", self._buffers[f"B_{m}"]))
 
+    def current(self, name: str) -> Tensor:
+        """What stands for a buffer's name: a layer's own projection if there is one, else the shared one."""
+        side, size, *layer = name.split("_")
+        index = int(layer[0]) if layer else None
+        return self.down(int(size), index) if side == "A" else self.up(int(size), index)
+
     def writable(self, name: str) -> Tensor:
         """The buffer of that name, to change in place; a layer's own is first copied from the shared one."""
         if name not in self._buffers:

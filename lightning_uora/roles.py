@@ -143,7 +143,7 @@ def output_embeddings(modules: dict[str, nn.Module]) -> list[nn.Module]:
         module for name, module in modules.items() if name.rsplit(".", 1)[-1] in ("lm_head", "embed_out")
     ]
     for module in modules.values():
-        getter = getattr(module, "getoutput_embeddings", None)
+        getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
             try:
                 output = getter()

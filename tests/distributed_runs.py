@@ -305,14 +305,14 @@ def seeded_by_rank() -> Toy:
 def disagreeing() -> dict[str, Any]:
     """The second rank would choose other rows and other candidates, as another machine's rounding might."""
     module: Any = sys.modules["lightning_uora.refresh"]  # the package's attribute is the function
-    which, candidates = module.weakest, module._pick
+    which, candidates = module.weakest, module.picked_directions
     if torch.distributed.get_rank() == 1:
         module.weakest = lambda scores, schedule: [RANK - 1]
-        module._pick = lambda *args: {index: [7] for index in candidates(*args)}
+        module.picked_directions = lambda *args: {index: [7] for index in candidates(*args)}
     try:
         return ended(made(), uora(**SCHEDULES["gradient"]), **ddp())
     finally:
-        module.weakest, module._pick = which, candidates
+        module.weakest, module.picked_directions = which, candidates
 
 
 def alone_on_the_first_rank() -> list[dict[str, Any]]:

@@ -13,9 +13,11 @@ from torch import nn
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, rebuild, refresh
 from lightning_uora.functional import draw_down
+from lightning_uora.growth import gradients_collected
 from lightning_uora.projection import seeded_generator
-from lightning_uora.refresh import Refresher, gradients_collected, weakest
+from lightning_uora.refresher import Refresher
 from lightning_uora.rotation import turned_rows
+from lightning_uora.weakness import weakest
 
 ALL = ReinitSchedule(threshold=1e9, threshold_mode="absolute", max_fraction=1.0)
 
@@ -379,7 +381,7 @@ def test_collected_gradients_are_those_of_the_effective_weight():
         (
             lambda: adapted("layer"),
             ReinitSchedule(growth="gradient"),
-            "inside `with lightning_uora.refresh.gradients_collected",
+            "inside `with lightning_uora.growth.gradients_collected",
         ),
         (lambda: adapted("layer"), ReinitSchedule(criterion="ema"), "criterion='ema' needs averages"),
         (lambda: nn.Linear(3, 3), ReinitSchedule(), "not the root of an adapted model"),

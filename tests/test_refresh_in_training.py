@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_uora import ReinitSchedule, UORACallback, named_adapters, rebuild
-from lightning_uora.refresh import Refresher
+from lightning_uora.refresher import Refresher
 from tests.toys import Toy, callback, data, equal_batches, trainer
 
 EAGER = {"threshold": 2.0, "start": 0.0, "stop": 1.0, "max_fraction": 0.5}

@@ -14,24 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_uora.injection import attach_uora, detach_uora
-from lightning_uora.manifest import (
-    Mismatch,
-    adapter_state,
-    check_manifest,
-    check_vectors,
-    config_of,
-    describe,
-    restore,
-)
+from lightning_uora.manifest import check_manifest, check_vectors, config_of
 from lightning_uora.projection import OWNER, projections_of
 from lightning_uora.ranks import first_rank
+from lightning_uora.restoring import Mismatch, adapter_state, describe, restore
 from lightning_uora.sharding import is_sharded, whole
 
 __all__ = ["load_adapter", "read", "save_adapter", "write_folder"]
 
 CONFIG_FILE = "uora_config.json"
-
-
 TENSOR_FILE = "uora_adapter.safetensors"
 
 

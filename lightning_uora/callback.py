@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -17,14 +16,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_uora.attachment import (
+    add_missing_to_optimizer,
+    built_later,
+    check_same_config,
+    is_calibrated,
+    keep_from_travelling,
+    report_without_gradient,
+    run_after_configure_model,
+)
 from lightning_uora.calibration import calibrate_with, inputs_observed
 from lightning_uora.checkpoint import CheckpointHooks
 from lightning_uora.companions import (
     accept_part_of_the_weights,
-    built_later,
     refuse_averaging,
     refuse_finetuning,
     refuse_flattening_strategy,
@@ -35,8 +41,8 @@ from lightning_uora.companions import (
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice
 from lightning_uora.counting import accumulating, callbacks_of, step_of, total_steps
 from lightning_uora.growth import require_growth_possible
-from lightning_uora.injection import attach_uora, is_adapted, named_adapters
-from lightning_uora.projection import OWNER, Projections, projections_of
+from lightning_uora.injection import attach_uora, find_root, is_adapted, named_adapters
+from lightning_uora.projection import Projections, projections_of
 from lightning_uora.ranks import alone, mean_gradients
 from lightning_uora.refresher import Refresher
 from lightning_uora.report import Summary, plot_refreshes, plot_vectors, summarize
@@ -148,11 +154,11 @@ class UORACallback(Callback):
             accept_part_of_the_weights(trainer.strategy, pl_module)
         if stage == "fit":
             refuse_finetuning(trainer)
-            calibrates = self.config.init == "inputs" and not _is_calibrated(pl_module)
+            calibrates = self.config.init == "inputs" and not is_calibrated(pl_module)
             refuse_averaging(trainer, pl_module, self, self.reinit is not None, calibrates)
             warn_of_spawned_copies(trainer, pl_module)
         if built_later(pl_module) and not is_adapted(pl_module):
-            _run_after_configure_model(pl_module, self._attach)
+            run_after_configure_model(pl_module, self._attach)
         else:
             self._attach(pl_module)
 
@@ -167,7 +173,7 @@ class UORACallback(Callback):
         self.summary = summarize(pl_module)
         if trainer.loggers:
             self._log_hyperparameters(trainer)
-        _add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
+        add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
         if trainer.is_global_zero and any(
             isinstance(callback, ModelSummary) for callback in callbacks_of(trainer)
         ):
@@ -205,7 +211,7 @@ class UORACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._refresher is not None:
-            root, step = _root(pl_module), step_of(trainer)
+            root, step = find_root(pl_module)[1], step_of(trainer)
             late = self._refresher.is_due(step)  # resumed from between a step and its refresh
             if late and self._refresher.schedule.growth != "gradient":  # those come with the next step
                 self._refresh(trainer, self._refresher, root, step, batch, batch_idx)
@@ -218,7 +224,7 @@ class UORACallback(Callback):
         step = step_of(trainer)
         if self._refresher is not None and step != self._last_step:  # not while gradients accumulate
             self._last_step = step
-            self._refresh(trainer, self._refresher, _root(pl_module), step, batch, batch_idx)
+            self._refresh(trainer, self._refresher, find_root(pl_module)[1], step, batch, batch_idx)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,13 +240,13 @@ class UORACallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.refreshes and (trainer.is_global_zero or is_sharded(pl_module)):
-            _log_figures(trainer, _root(pl_module))
+            _log_figures(trainer, find_root(pl_module)[1])
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._gradients_seen:
             self._gradients_seen = True
-            _report_without_gradient(pl_module)
+            report_without_gradient(pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -272,7 +278,7 @@ class UORACallback(Callback):
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A from the first training batches, unless it is there (by hand, or from a checkpoint)."""
-        root = _root(pl_module)
+        root = find_root(pl_module)[1]
         grows = self.reinit is not None and self.reinit.growth == "inputs"
         if not (grows or projections_of(root).uncalibrated):
             return
@@ -306,11 +312,11 @@ class UORACallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         if is_adapted(pl_module):
-            _check_same_config(pl_module, self.config)
+            check_same_config(pl_module, self.config)
         else:
             attach_uora(pl_module, self.config)
-        self._owner = projections_of(_root(pl_module))
-        _keep_from_travelling(pl_module, self._owner)
+        self._owner = projections_of(find_root(pl_module)[1])
+        keep_from_travelling(pl_module, self._owner)
         CheckpointHooks(pl_module, self.checkpoint).install()
         self.summary = summarize(pl_module)
 
@@ -324,10 +330,6 @@ class UORACallback(Callback):
             logger.log_hyperparams(counts)
 
 
-def _is_calibrated(pl_module: LightningModule) -> bool:
-    return any(isinstance(module, Projections) and module.calibrated for module in pl_module.modules())
-
-
 def _log_figures(trainer: Trainer, root: nn.Module) -> None:
     """Vectors and refreshes as images, to the loggers that take images, where matplotlib is installed."""
     takers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
@@ -339,84 +341,3 @@ def _log_figures(trainer: Trainer, root: nn.Module) -> None:
                 logger.experiment.add_figure(name, figure, trainer.global_step)
             else:
                 logger.experiment.log({name: figure})
-
-
-# Note [Models built late]
-# Lightning calls Callback.setup, then the module's setup, then configure_model, then loads the checkpoint.
-# Where a module overrides setup or configure_model it may still be empty, or half built, in Callback.setup.
-# So configure_model is shadowed on the instance by a function that removes itself, calls the original, and
-# attaches: after everything is built, before weights and optimizers.
-
-
-def _run_after_configure_model(pl_module: LightningModule, attach: object) -> None:
-    """See Note [Models built late]."""
-    original = pl_module.configure_model
-
-    def configure_model() -> None:
-        pl_module.__dict__.pop("configure_model", None)
-        original()
-        assert callable(attach)
-        attach(pl_module)
-
-    pl_module.__dict__["configure_model"] = configure_model
-
-
-def _check_same_config(pl_module: LightningModule, config: UORAConfig) -> None:
-    found = next(module.config for module in pl_module.modules() if isinstance(module, Projections))
-    names = [field.name for field in dataclasses.fields(config)]
-    different = [
-        f"{name} ({getattr(found, name)!r} in the module, {getattr(config, name)!r} in the callback)"
-        for name in names
-        if getattr(found, name) != getattr(config, name)
-    ]
-    if different:
-        raise ValueError("the module has adapters of another configuration: " + "; ".join(different) + ".")
-
-
-def _keep_from_travelling(pl_module: LightningModule, owner: Projections) -> None:
-    """DistributedDataParallel sends every buffer at each forward; every rank drew A and B by itself."""
-    ignored = set(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()))
-    (prefix,) = (name for name, module in pl_module.named_modules() if module is owner)
-    layers = len(list(named_adapters(pl_module)))
-    names = owner.names_ever(layers if owner.config.share == "layer" else 0)
-    ignored.update(f"{prefix}.{name}" for name in names)
-    pl_module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-
-
-def _root(pl_module: LightningModule) -> nn.Module:
-    """The module that was adapted: the LightningModule, or the part that ``attach_uora`` was called on."""
-    return next(module for module in pl_module.modules() if OWNER in module._modules)
-
-
-def _add_missing_to_optimizer(optimizers: Sequence[Optimizer], pl_module: LightningModule) -> None:
-    """Put vectors that no optimizer holds into the first group: it was built before the adapters.
-
-    Into the group's list, because ``add_param_group`` breaks LambdaLR and OneCycleLR.
-    """
-    real = [optimizer for optimizer in optimizers if type(optimizer).__name__ != "_MockOptimizer"]
-    if not real:
-        return
-    held = {id(p) for optimizer in real for group in optimizer.param_groups for p in group["params"]}
-    wanted = [f"{name}.{leaf}" for name, _ in named_adapters(pl_module) for leaf in ("uora_d", "uora_b")]
-    missing = {
-        name: p
-        for name, p in pl_module.named_parameters()
-        if name in wanted and p.requires_grad and id(p) not in held
-    }
-    if missing:
-        first = real[0].param_groups[0]
-        first["params"].extend(missing.values())
-        rank_zero_warn(
-            f"The optimizer was built without {len(missing)} adapter vectors ({next(iter(missing))}, ...); "
-            "they "
-            f"are now in its first group, at lr={float(first['lr']):g}. Build it in configure_optimizers to "
-            "choose "
-            "their learning rate."
-        )
-
-
-def _report_without_gradient(module: nn.Module) -> None:
-    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    if names:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        rank_zero_warn(f"No gradient in the first backward for {shown}: these parameters do not train.")

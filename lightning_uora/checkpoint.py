@@ -1,43 +1,24 @@
-"""Lightning checkpoints of both kinds, without Lightning: the module's hooks, loading, merging."""
+"""Lightning checkpoints of both kinds, without Lightning: the module's hooks, reading, loading."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import re
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_uora.config import UORAConfig
-from lightning_uora.injection import attach_uora, detach_uora, is_adapted, named_adapters
-from lightning_uora.manifest import (
-    Mismatch,
-    check_base,
-    check_checkpoint,
-    check_keys,
-    check_manifest,
-    check_names,
-    check_vectors,
-    config_of,
-    describe,
-    take_projections,
-)
+from lightning_uora.config import UORAConfig, differences
+from lightning_uora.injection import attach_uora, find_root, is_adapted, named_adapters
+from lightning_uora.manifest import check_checkpoint, check_manifest, check_vectors, config_of
 from lightning_uora.projection import OWNER, projections_of
+from lightning_uora.restoring import Mismatch, check_base, check_keys, check_names, describe, take_projections
 from lightning_uora.sharding import is_sharded
 
-__all__ = [
-    "CheckpointHooks",
-    "load_from_checkpoint",
-    "merge_state",
-    "read_checkpoint",
-    "save_checkpoint",
-    "skeleton",
-]
+__all__ = ["CheckpointHooks", "load_from_checkpoint", "read_checkpoint", "save_checkpoint"]
 
 
 # Note [Strategies that load weights first]
@@ -47,6 +28,12 @@ __all__ = [
 # saves A and B beside the manifest as well, in one storage with the state dict's, and the load hook, which
 # then finds no state dict, puts them and the record where they belong. Where another strategy saved the
 # checkpoint they are rebuilt from the record.
+
+# Note [Hooks on the instance]
+# With save_weights_only=True Lightning calls the module's checkpoint hooks and no callback's, and a
+# callback's load hook runs after the weights are loaded. So both of the module's hooks are replaced on the
+# instance by these methods, which end in the class's own. They stay after the fit, for
+# trainer.save_checkpoint; being bound methods they copy and pickle.
 
 
 class CheckpointHooks:
@@ -150,20 +137,10 @@ class CheckpointHooks:
         return {key: state.get(key, value) for key, value in current.items()}
 
 
-def find_root(module: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the adapted root in ``module``: itself or the part that was attached to."""
-    for name, part in module.named_modules():
-        if OWNER in part._modules:
-            return name, part
-    raise ValueError(f"{type(module).__name__} holds no adapted model; call attach_uora first.")
-
-
 def _check_same_config(found: UORAConfig, saved: UORAConfig) -> None:
-    fields = [field.name for field in dataclasses.fields(found)]
-    different = [name for name in fields if getattr(found, name) != getattr(saved, name)]
+    different = differences(saved, "saved", found, "here")
     if different:
-        shown = "; ".join(f"{n} ({getattr(saved, n)!r} saved, {getattr(found, n)!r} here)" for n in different)
-        raise ValueError(f"the checkpoint has adapters of another configuration: {shown}.")
+        raise ValueError(f"the checkpoint has adapters of another configuration: {different}.")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -202,13 +179,6 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         new.replace(target)
 
 
-def detached_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of an adapted module after its adapters are merged and gone."""
-    detach_uora(find_root(module)[1], merge=True)
-    state: dict[str, Tensor] = module.state_dict()
-    return state
-
-
 def load_from_checkpoint(
     module_class: Any, path: str | Path, *, base_mismatch: Mismatch = "error", **kwargs: Any
 ) -> Any:
@@ -245,83 +215,3 @@ def load_from_checkpoint(
     module.load_state_dict(checkpoint["state_dict"])
     hooks.install()
     return module
-
-
-def skeleton(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    """The adapted modules of a manifest without a base: A, B and the vectors as they were.
-
-    Every layer stands in as a Linear of its size whose weight takes no memory. For exports and tables.
-
-    Raises:
-        ValueError: Vectors are missing, or the projections are not those of the run.
-    """
-    model = nn.Module()
-    for name, layer in manifest["layers"].items():
-        _place(model, name, layer)
-    names = tuple(f"re:{re.escape(name)}" for name in manifest["adapted"])
-    free = {
-        "target_modules": names,
-        "exclude_modules": (),
-        "trainable_modules": (),
-        "dropout": 0.0,
-        "bias": "none",
-    }
-    attach_uora(model, dataclasses.replace(config_of(manifest), **free))  # type: ignore[arg-type]
-    given = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
-    given.pop("record", None)
-    take_projections(model, manifest, given)
-    with torch.no_grad():
-        for name, module in named_adapters(model):
-            for vector in ("uora_d", "uora_b"):
-                key = f"{name}.{vector}" if name else vector
-                if key not in tensors or tensors[key].shape != getattr(module, vector).shape:
-                    raise ValueError(f"the adapter lacks {key!r}, or has it in another shape.")
-                getattr(module, vector).copy_(tensors[key])
-    return model
-
-
-def _place(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
-    """Put a stand-in for one adapted module at its name."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in model._modules:
-            model.add_module(part, nn.Module())
-        model = model.get_submodule(part)
-    parts = layer["parts"]
-    if leaf in model._modules:  # out_proj of an attention that is there
-        return
-    if parts[0][0] == "weight":
-        stand_in: nn.Module = nn.Linear(1, 1, bias=False)
-        stand_in.weight = nn.Parameter(torch.zeros(1, 1).expand(parts[0][2], parts[0][3]))
-    else:
-        sizes = {"kdim": parts[1][3], "vdim": parts[2][3]} if len(parts) == 3 else {}
-        stand_in = nn.MultiheadAttention(parts[0][3], 1, **sizes)
-    model.add_module(leaf, stand_in)
-
-
-def merge_state(manifest: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A plain state dict: the updates in the weights, computed in float32 at least, no UORA left.
-
-    Raises:
-        ValueError: A weight or vector is missing, or a merged weight is not finite; the module is named.
-    """
-    prefix = f"{manifest['root']}." if manifest.get("root") else ""
-    inner = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-    model = skeleton(manifest, inner)
-    merged = {k: t for k, t in state.items() if OWNER not in k and not k.endswith((".uora_d", ".uora_b"))}
-    for name, module in named_adapters(model):
-        for part in module.adapted_parts:
-            key = ".".join(piece for piece in (prefix.rstrip("."), name, part.name) if piece)
-            stored = next(p for p in manifest["layers"][name]["parts"] if p[0] == part.name)
-            if key not in state:
-                raise ValueError(f"the checkpoint lacks {key!r}: it holds adapters without their base.")
-            W = state[key]
-            wide = torch.promote_types(W.dtype, torch.float32)
-            with torch.no_grad():
-                A, B, d, b = (t.to(wide) for t in module._uora_tensors(part.n))
-                flat = (W.t() if stored[4] else W).to(wide)
-                whole = part.delta(flat.reshape(part.m, part.n), A, B, d, b).reshape(flat.shape)
-            if not whole.isfinite().all():
-                raise ValueError(f"merging would put non-finite values into the weight of module {name!r}.")
-            merged[key] = (whole.t() if stored[4] else whole).to(W.dtype).contiguous()
-    return merged

@@ -10,15 +10,14 @@ from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePr
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_uora.attachment import built_later
 from lightning_uora.counting import callbacks_of
 from lightning_uora.injection import is_adapted
 from lightning_uora.layers import AdaptedModule
 
 __all__ = [
     "accept_part_of_the_weights",
-    "built_later",
     "refuse_averaging",
     "refuse_finetuning",
     "refuse_flattening_strategy",
@@ -32,11 +31,6 @@ AVERAGING: tuple[type[Callback], ...] = tuple(
     for name in ("StochasticWeightAveraging", "WeightAveraging")  # the second since Lightning 2.6
     if hasattr(lightning.pytorch.callbacks, name)
 )
-
-
-def built_later(pl_module: LightningModule) -> bool:
-    """Whether parts of the module may not exist yet when callbacks are set up."""
-    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
 
 
 def refuse_replacing_precision(trainer: Trainer) -> None:

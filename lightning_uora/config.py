@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 __all__ = ["INITS", "PRESETS", "ReinitSchedule", "UORAConfig"]
@@ -201,6 +201,12 @@ def _check_moment(name: str, value: object) -> None:
 def invalid(field: str, value: object, allowed: str) -> ValueError:
     """The one form of a refused argument: its name, what came, what is allowed."""
     return ValueError(f"{field}={value!r} is not allowed; {field} must be {allowed}.")
+
+
+def differences(one: UORAConfig, here: str, other: UORAConfig, there: str) -> str:
+    """Fields in which two configurations differ, with both values; empty where they are equal."""
+    pairs = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return "; ".join(f"{name} ({a!r} {here}, {b!r} {there})" for name, a, b in pairs if a != b)
 
 
 def require_int(field: str, value: object, at_least: int) -> None:

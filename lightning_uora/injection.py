@@ -21,6 +21,7 @@ __all__ = [
     "adapters_disabled",
     "attach_uora",
     "detach_uora",
+    "find_root",
     "is_adapted",
     "named_adapters",
     "param_groups",
@@ -185,6 +186,14 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def is_adapted(model: nn.Module) -> bool:
     """Whether ``model`` or anything in it has adapters."""
     return any(True for _ in adapted_modules(model))
+
+
+def find_root(module: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the adapted root in ``module``: itself or the part that was attached to."""
+    for name, part in module.named_modules():
+        if OWNER in part._modules:
+            return name, part
+    raise ValueError(f"{type(module).__name__} holds no adapted model; call attach_uora first.")
 
 
 def _one_device_and_widest_dtype(weights: dict[tuple[str, str], Tensor]) -> tuple[torch.device, torch.dtype]:

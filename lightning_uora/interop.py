@@ -125,8 +125,7 @@ def _vera(
         if shared and not (_same(shared[0], A) and _same(shared[1], B)):
             raise ValueError(
                 f"module {name!r} has other projections than those before it (another shape, or rows "
-                "refreshed for "
-                "one layer), and VeRA knows one A and one B; use format='lora'."
+                "refreshed for one layer), and VeRA knows one A and one B; use format='lora'."
             )
         shared = [A, B]
         tensors[f"base_model.model.{name}.vera_lambda_d"] = d
@@ -156,8 +155,7 @@ def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[T
     if not layer["direct"]:
         raise ValueError(
             f"module {name!r} is a grouped, dilated or non-zero-padded convolution, which PEFT's LoRA does "
-            "not "
-            f"compute exactly; {USE_MERGE}."
+            f"not compute exactly; {USE_MERGE}."
         )
     tensors = module._uora_tensors(module.adapted_parts[0].n)
     return tuple(t.detach().float() for t in tensors)

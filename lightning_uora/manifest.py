@@ -1,53 +1,24 @@
-"""What an adapter is besides its numbers, and what makes it right.
+"""A manifest: what an adapter is besides its numbers, as plain data, and whether that can be right.
 
-A *manifest* is plain data: configuration, adapted modules, record of refreshes, and fingerprints of the
-frozen base and of A and B. Tensors travel beside it: what trained, and the buffers of the base (frozen
-BatchNorm moves).
+Configuration, adapted modules, record of refreshes, fingerprints of the frozen base and of A and B. It comes
+from files of any origin, so everything is looked at before it is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from lightning_uora.config import UORAConfig, require_choice
-from lightning_uora.injection import named_adapters
-from lightning_uora.layers import facts
-from lightning_uora.projection import OWNER, projections_of
-from lightning_uora.ranks import first_rank
-from lightning_uora.refresh import rebuild_around
-from lightning_uora.sharding import reshard_, whole
+from lightning_uora.config import UORAConfig
 
-__all__ = [
-    "Mismatch",
-    "adapter_state",
-    "check_base",
-    "check_checkpoint",
-    "check_keys",
-    "check_manifest",
-    "check_names",
-    "check_vectors",
-    "config_of",
-    "describe",
-    "restore",
-    "take_projections",
-]
+__all__ = ["VERSION", "check_checkpoint", "check_manifest", "check_vectors", "config_of"]
 
 VERSION = 1
 
-
-STRIDE = 4099
-
-
 WIDEST = 1 << 24
 """No layer has more features; nothing in a file may say so."""
-
-
 SHAPE = {
     "config": dict,
     "adapted": list,
@@ -58,13 +29,8 @@ SHAPE = {
     "base": dict,
 }
 """What a manifest holds, and as what."""
-
-
 PARTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Parameters that are ever adapted."""
-
-
-Mismatch = Literal["error", "warn"]
 
 
 def check_manifest(manifest: Any, where: str) -> None:
@@ -173,172 +139,3 @@ def config_of(manifest: dict[str, Any]) -> UORAConfig:
     if unknown:
         raise ValueError(f"the manifest's configuration has unknown fields: {', '.join(sorted(unknown))}.")
     return UORAConfig(**manifest["config"])
-
-
-def describe(model: nn.Module, base: bool = True) -> dict[str, Any]:
-    """The manifest of an adapted model: plain data that JSON can hold. If sharded, every rank must ask."""
-    reshard_(model)
-    owner = projections_of(model)
-    config = dataclasses.asdict(owner.config)
-    return {
-        "version": VERSION,
-        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-        "adapted": [name for name, _ in named_adapters(model)],
-        "layers": {name: facts(module) for name, module in named_adapters(model)},
-        "trained": [
-            n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(("uora_d", "uora_b"))
-        ],
-        "record": [dict(entry) for entry in owner.record],
-        "calibrated": owner.calibrated,
-        "projections": {name: _fingerprint(buffer) for name, buffer in owner.named_buffers()},
-        "base": _base_prints(model) if base else {},
-    }
-
-
-def _base_prints(model: nn.Module) -> dict[str, list[Any]]:
-    """Fingerprints of the frozen parameters, taken again only where a parameter has changed."""
-    known, prints = projections_of(model).base_prints, {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            continue
-        if isinstance(p, DTensor):  # nothing is remembered: all ranks must ask for the same shards
-            prints[name] = [*_fingerprint(p), str(p.dtype)]
-        else:
-            key = (p.data_ptr(), p._version, p.dtype)
-            if name not in known or known[name][0] != key:
-                known[name] = (key, [*_fingerprint(p), str(p.dtype)])
-            prints[name] = known[name][1]
-    return prints
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter is besides its manifest: trained parameters, and the buffers of the base."""
-    own = tuple(name for name, module in model.named_modules() if module is projections_of(model))
-    persistent = set(model.state_dict(keep_vars=True))
-    buffers = {n: b for n, b in model.named_buffers() if n in persistent and not n.startswith(f"{own[0]}.")}
-    return {n: p for n, p in model.named_parameters() if p.requires_grad} | buffers
-
-
-def restore(
-    model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], base_mismatch: Mismatch = "error"
-) -> None:
-    """Load an adapter into a model adapted with its configuration. After an error nothing has changed.
-
-    Raises:
-        ValueError: Other modules, keys, shapes, another base, or projections that are not those of the run.
-    """
-    check_names(model, manifest)
-    state = adapter_state(model)
-    projections = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
-    values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.")}
-    check_keys(state, values)
-    check_base(model, manifest["base"], base_mismatch)
-    take_projections(model, manifest, projections)
-    with torch.no_grad():
-        for name, value in values.items():
-            state[name].copy_(value)
-
-
-def check_names(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Raise ``ValueError`` unless the manifest is of a model with the same adapted and trained names."""
-    names = [name for name, _ in named_adapters(model)]
-    if names != list(manifest["adapted"]):
-        raise ValueError(
-            f"another architecture: the adapter is for {_few(manifest['adapted'])}, this model's are "
-            f"{_few(names)}."
-        )
-
-
-def take_projections(model: nn.Module, manifest: dict[str, Any], projections: dict[str, Tensor]) -> None:
-    """A and B as given, the rest from the record; checked against the manifest, put back after an error."""
-    owner = projections_of(model)
-    before, record = {name: b.clone() for name, b in owner.named_buffers()}, owner.record
-    calibrated = owner.calibrated
-    try:
-        owner.record = [dict(entry) for entry in manifest["record"]]
-        owner.calibrated = manifest.get("calibrated", False)
-        if set(projections) >= set(manifest["projections"]):
-            owner.set(projections)
-        else:
-            owner.require_known(projections)
-            rebuild_around(model, projections)
-        _check_projections(dict(owner.named_buffers()), manifest["projections"])
-    except BaseException:
-        owner.record, owner.calibrated = record, calibrated
-        owner.set(before)
-        raise
-
-
-def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Raise ``ValueError`` unless both have the same names and shapes."""
-    missing, unexpected = [k for k in state if k not in values], [k for k in values if k not in state]
-    if missing or unexpected:
-        parts = [
-            f"{what} {_few(keys)}"
-            for what, keys in (("lacks", missing), ("has unexpected", unexpected))
-            if keys
-        ]
-        raise ValueError(
-            f"the adapter {' and '.join(parts)}; is it of another model, or were other modules trained?"
-        )
-    for name, value in values.items():
-        if value.shape != state[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)} in the adapter and {tuple(state[name].shape)} in "
-                "the model."
-            )
-
-
-def check_base(model: nn.Module, expected: dict[str, list[Any]], mismatch: Mismatch) -> None:
-    """Raise ``ValueError``, or warn, unless the frozen parameters are those of the fingerprints."""
-    require_choice("base_mismatch", mismatch, ("error", "warn"))
-    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    wrong = [name for name in expected if name not in parameters]
-    wrong += [
-        name for name, p in parameters.items() if name in expected and not _same_base(p, expected[name])
-    ]
-    if wrong:
-        message = f"the adapter was trained on another base: {_few(wrong)} differ(s)."
-        if mismatch == "error":
-            raise ValueError(f"{message} Load that base, or pass base_mismatch='warn'.")
-        if first_rank():
-            warnings.warn(message, stacklevel=4)
-
-
-def _same_base(p: Tensor, expected: list[Any]) -> bool:
-    total, norm, dtype = expected
-    tolerance = 1e-5 if str(p.dtype) == dtype else 1e-2
-    return _near(_fingerprint(p), [total, norm], tolerance)
-
-
-def _check_projections(buffers: dict[str, Tensor], expected: dict[str, list[float]]) -> None:
-    wrong = [
-        n for n in expected if n not in buffers or not _near(_fingerprint(buffers[n]), expected[n], 1e-2)
-    ]
-    if wrong or set(buffers) - set(expected):
-        raise ValueError(
-            f"the projections {_few(wrong or sorted(set(buffers) - set(expected)))} are not those of the "
-            "run; the record "
-            "is damaged, or this platform draws otherwise (then save with projections='full')."
-        )
-
-
-def _fingerprint(t: Tensor) -> list[float]:
-    """See Note [Fingerprints]; chunked, so that no second copy of a large weight is made."""
-    flat = whole(t.detach()).reshape(-1)
-    signs = torch.randint(0, 2, (STRIDE,), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    signs = signs.mul_(2).sub_(1).to(flat.device)
-    full = flat.numel() // STRIDE * STRIDE
-    columns = flat[:full].reshape(-1, STRIDE).sum(0, dtype=torch.float64)
-    total = (columns * signs).sum() + (flat[full:].double() * signs[: flat.numel() - full]).sum()
-    return [float(total), float(torch.linalg.vector_norm(flat, dtype=torch.float64))]
-
-
-def _near(found: list[float], expected: list[float], tolerance: float) -> bool:
-    room = tolerance * max(expected[1], 1e-30)
-    return abs(found[0] - expected[0]) <= room and abs(found[1] - expected[1]) <= room
-
-
-def _few(names: Any) -> str:
-    shown = ", ".join(map(repr, list(names)[:3]))
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "nothing"

@@ -222,6 +222,7 @@ class Projections(nn.Module):
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """See Note [Record and own copies in the state dict]."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.record or self.calibrated:
             told = {"version": 1, "refreshes": self.record, "calibrated": self.calibrated}

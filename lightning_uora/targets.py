@@ -127,9 +127,8 @@ def _nothing_found(modules: dict[str, nn.Module], preset: str) -> str:
     others = sum(is_supported(module) and not is_linear_like(module) for module in modules.values())
     return (
         f"target_modules={preset!r} finds nothing to adapt in this model, which has {linears} Linear-like "
-        "layers and "
-        f"{others} other supported ones, heads included; use 'all-linear' or 'all', or name layers by "
-        "pattern."
+        f"layers and {others} other supported ones, heads included; use 'all-linear' or 'all', or name "
+        "layers by pattern."
     )
 
 
@@ -153,8 +152,7 @@ def _check(modules: dict[str, nn.Module], adapted: tuple[str, ...], config: UORA
             if parameter.dim() > 1 and seen.setdefault(id(parameter), name) != name:
                 raise ValueError(
                     f"modules {seen[id(parameter)]!r} and {name!r} share one weight, which would be adapted "
-                    "twice; "
-                    "exclude one of them by exclude_modules."
+                    "twice; exclude one of them by exclude_modules."
                 )
         kind = type(modules[name])
         if config.dropout > 0.0 and not has_plain_forward(kind):

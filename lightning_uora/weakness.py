@@ -90,8 +90,7 @@ def _second_moment(name: str, parameter: nn.Parameter, optimizers: list[Optimize
                 return whole(moment)
     raise ValueError(
         "criterion='sensitivity' needs an optimizer with second moments (Adam family, RMSprop) that has "
-        "made a step "
-        f"on the vectors of {name!r}."
+        f"made a step on the vectors of {name!r}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import lightning_uora
@@ -20,6 +21,8 @@ FLOORS = {
     "moments": 1,
     "projection": 1,
     "ranks": 1,
+    "fingerprints": 1,
+    "manifest": 1,
     "layers": 2,
     "roles": 2,
     "targets": 3,
@@ -29,20 +32,22 @@ FLOORS = {
     "growth": 4,
     "calibration": 4,
     "refresh": 5,
-    "manifest": 6,
+    "restoring": 6,
     "refresher": 6,
     "report": 6,
     "inspection": 6,
     "adapter_files": 7,
     "checkpoint": 7,
     "training_batches": 7,
+    "attachment": 7,
     "counting": 7,
+    "merging": 8,
     "interop": 8,
     "companions": 8,
     "callback": 9,
     "cli": 9,
 }
-LIGHTNING = ("callback", "companions", "counting", "training_batches")
+LIGHTNING = ("attachment", "callback", "companions", "counting", "training_batches")
 PACKAGE = Path(lightning_uora.__file__).parent
 
 
@@ -75,3 +80,10 @@ def test_only_the_callback_and_its_parts_import_lightning_and_config_needs_no_to
         assert "transformers" not in roots
         if name == "config":
             assert not roots & {"torch", "rich"}
+
+
+def test_every_note_that_is_pointed_to_is_there_and_none_is_forgotten():
+    written = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
+    title = re.compile(r"^ *# Note \[(.+)\]$", re.MULTILINE)
+    pointers = re.findall(r"Note\s+\[([^]]+)\]", title.sub("", written))
+    assert {" ".join(name.replace("#", " ").split()) for name in pointers} == set(title.findall(written))

@@ -453,7 +453,7 @@ def test_a_stored_a_that_was_changed_is_found(tmp_path):
     with torch.no_grad():
         projections_of(model).down(4, 0).mul_(1.5)
     from lightning_uora.adapter_files import read
-    from lightning_uora.manifest import restore
+    from lightning_uora.restoring import restore
 
     manifest, tensors = read(tmp_path)
     tensors["uora_projections.A_4_0"] = projections_of(model).down(4, 0).half()

@@ -28,9 +28,9 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_uora import UORAConfig, attach_uora, calibrate, named_adapters
-from lightning_uora.calibration import _Watch
 from lightning_uora.moments import ExactMoment, SketchedMoment, sketch_size
 from lightning_uora.observer import Observer
+from lightning_uora.passes import Watch
 from lightning_uora.projection import projections_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -82,7 +82,7 @@ def synchronised() -> float:
 
 def held(model: nn.Module, batch: Tensor, forward: Callable[[Tensor], Tensor]) -> int:
     """Bytes that the moments of a calibration hold at most, as one batch shows."""
-    watch = _Watch(model, projections_of(model).config.rank, off=True)
+    watch = Watch(model, projections_of(model).config.rank, off=True)
     watch.run([batch], forward, model, fewest=0)
     moments = watch.moments.values()
     return sum(m.sum.nbytes * 3 // 2 if isinstance(m, SketchedMoment) else m.sum.nbytes for m in moments)

@@ -1,10 +1,11 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback``, ``cli`` · ``companions`` · ``interop``,
-``training_batches``, ``counting`` · ``adapter_files``, ``checkpoint`` · ``manifest``, ``report``,
-``inspection`` · ``injection``, ``refresh``, ``calibration`` · ``targets``, ``observer`` · ``layers`` ·
-``projection``, ``moments``, ``ranks`` · ``functional``, ``rotation``, ``sharding``, ``patches``,
-``untouched``, ``loaders``, ``config``.
+Floors, each importing only from below: ``callback``, ``cli`` · ``companions``, ``interop``, ``merging`` ·
+``attachment``, ``training_batches``, ``counting``, ``adapter_files``, ``checkpoint`` · ``restoring``,
+``refresher``, ``report``, ``inspection`` · ``refresh``, ``calibration`` · ``injection``, ``growth``,
+``passes`` · ``targets``, ``observer``, ``weakness`` · ``layers``, ``roles`` · ``kinds``, ``projection``,
+``moments``, ``ranks``, ``fingerprints``, ``manifest`` · ``functional``, ``rotation``, ``sharding``,
+``shared_inputs``, ``patches``, ``untouched``, ``loaders``, ``config``.
 """
 
 from lightning_uora.adapter_files import load_adapter, save_adapter

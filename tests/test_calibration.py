@@ -26,7 +26,8 @@ from lightning_uora import (
     refresh,
     save_adapter,
 )
-from lightning_uora.calibration import _Watch, inputs_observed
+from lightning_uora.calibration import inputs_observed
+from lightning_uora.passes import Watch
 from lightning_uora.projection import projections_of
 from tests import families
 from tests.test_moments import literal_axes, sines
@@ -644,7 +645,7 @@ def test_layers_that_get_one_tensor_share_a_moment_and_all_get_their_own_axes(od
     with torch.no_grad():
         for x in batches:
             plain(x.clone())
-    watch = _Watch(models[0], 3, off=True)
+    watch = Watch(models[0], 3, off=True)
     watch.run([x.clone() for x in batches], None, models[0], fewest=0)
     assert len(watch.moments) == {"": 2, "written between": 3}.get(odd, 4)
     calibrate(models[1], [x.clone() for x in batches])

@@ -96,13 +96,13 @@ def test_merged_and_factored_give_the_same_gradients(kind: str):
 
 
 def forms_taken(module: nn.Module, x: torch.Tensor, monkeypatch) -> list[str]:
-    from lightning_uora import layers
+    from lightning_uora import kinds, layers
 
     taken: list[str] = []
-    for name in ("add_delta", "factored_linear"):
-        inner = getattr(layers, name)
+    for place, name in ((kinds, "add_delta"), (layers, "factored_linear")):
+        inner = getattr(place, name)
         monkeypatch.setattr(
-            layers, name, lambda *a, name=name, inner=inner, **k: (taken.append(name), inner(*a, **k))[1]
+            place, name, lambda *a, name=name, inner=inner, **k: (taken.append(name), inner(*a, **k))[1]
         )
     module(x)
     return taken
@@ -197,11 +197,11 @@ def test_multihead_attention_adapts_its_projections_and_out_proj(sizes: dict[str
 def test_training_attention_builds_its_weight_once(monkeypatch):
     module = adapt(nn.MultiheadAttention(8, 2, batch_first=True)).train()
     x = torch.randn(2, 3, 8)
-    from lightning_uora import layers
+    from lightning_uora import kinds
 
     calls = []
-    inner = layers.add_delta
-    monkeypatch.setattr(layers, "add_delta", lambda *a: (calls.append(a[0].shape), inner(*a))[1])
+    inner = kinds.add_delta
+    monkeypatch.setattr(kinds, "add_delta", lambda *a: (calls.append(a[0].shape), inner(*a))[1])
     module(x, x, x)
     assert calls.count(torch.Size([24, 8])) == 1
 

@@ -32,6 +32,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STARTS = {"full": 1, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
 SEARCHED, SEEDS = 4, 8
 RANKS = (16, 4, 64, 256)
+ALL_TASKS = ["digits", "manual", "docstrings", "docstrings-all"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--tasks", nargs="+", default=["digits", "manual", "docstrings", "docstrings-all"])
+    parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--refreshes", nargs="+", default=["lambda-0.2"], help="of POLICIES")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--seeds", type=int, default=SEEDS)

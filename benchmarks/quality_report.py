@@ -124,6 +124,8 @@ def goals(table: Table) -> Iterator[str]:
     yield from _differences(table, _on_off(table), _above_zero)
     yield "\n### At equal rank: UORA less PEFT's VeRA, and A from the inputs less random A\n"
     yield from _differences(table, _at_equal_rank(table), _above_zero)
+    yield "\n### Less LoRA r 1: UORA of the largest rank with no more parameters\n"
+    yield from _differences(table, _against_smallest_lora(table), _above_zero)
 
 
 Comparison = tuple[str, str, Row, Row]
@@ -158,6 +160,17 @@ def _at_equal_rank(table: Table) -> Iterator[Comparison]:
             for other in ("vera", "uora") if row[0] == "uora+inputs" else ("vera",):
                 if row[0].startswith("uora") and row[2] == "off" and (other, *row[1:]) in methods:
                     yield task, f"less {NAMES[other]}", row, (other, *row[1:])
+
+
+def _against_smallest_lora(table: Table) -> Iterator[Comparison]:
+    lora = ("lora", 1, "off")
+    for task, methods in table.scores.items():
+        for draw in ("uora", "uora+inputs"):
+            most = table.parameters.get((task, lora), 0)
+            fitting = [row for row in methods if row[0] == draw and row[2] == "off"]
+            fitting = [row for row in fitting if table.parameters[task, row] <= most]
+            for row in sorted(fitting, key=_place)[-1:]:
+                yield task, f"{table.parameters[task, row]:,} and {most:,}", row, lora
 
 
 def _above_zero(found: Interval) -> bool:

@@ -107,6 +107,7 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     ours, theirs = [90.0, 91.0, 95.0, 93.0], [88.0, 90.0, 91.0, 92.0]
     scores = {("uora+inputs", 4, "off"): ours, ("vera", 16, "off"): theirs, ("lora", 8, "off"): theirs}
     scores |= {("vera", 4, "off"): theirs, ("uora", 4, "off"): [94.0] * 4}
+    scores |= {("lora", 1, "off"): theirs, ("uora", 1, "off"): ours}
     table_of(quality, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
     table = report.tabulate(tmp_path / "quality.csv")
     assert table.scores["digits"]["uora+inputs", 4, "off"] == dict(enumerate(ours))
@@ -120,18 +121,22 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     assert f"r 4 | less PEFT VeRA | +0.00 ± 0.00 | {found} | 4 | no |" in text
     assert "r 4 | less UORA | +0.00 ± 0.00 | -1.75 ±" in text
     assert "| relative-0.5 | +1.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
+    assert "no more parameters" in text
+    assert f"UORA, r 1 | 100 and 100 | +0.00 ± 0.00 | {found} | 4 | no |" in text  # r 4 has more
     report.report(tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 3_000
     assert "## digits" in (tmp_path / "quality.md").read_text()
 
 
 def test_the_measured_table_in_the_repository_is_whole(quality):
-    """Every run has its two rows, and none is there twice."""
+    """Every run has its two rows, none is there twice, and the command has nothing left to do."""
     with (FOLDER / "results/quality.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     keys = [tuple(row[c] for c in (*quality.COLUMNS[:6], "split")) for row in rows]
     assert len(set(keys)) == len(keys)
-    assert {len(found) for found in quality.read(FOLDER / "results/quality.csv").values()} == {2}
+    done = quality.read(FOLDER / "results/quality.csv")
+    assert {len(found) for found in done.values()} == {2}
+    assert not list(quality.wanted(quality.ALL_TASKS, quality.methods(("lambda-0.2",)), quality.SEEDS, done))
 
 
 def test_quality_benchmark_runs_every_method_in_a_small_form(

@@ -155,6 +155,16 @@ def test_a_merged_half_precision_checkpoint_is_rounded_once(tmp_path):
     torch.testing.assert_close(merged, loaded.body[0].weight.detach())
 
 
+def test_merging_into_a_weight_that_is_not_finite_is_refused_and_nothing_is_written(tmp_path, capsys):
+    _, _, path = checkpoint(tmp_path, "full")
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"]["body.0.weight"][0, 0] = float("inf")
+    torch.save(saved, path)
+    assert main(["merge", str(path), str(tmp_path / "plain.ckpt")]) == 2
+    assert "non-finite values into the weight of module 'body.0'" in capsys.readouterr().err
+    assert not (tmp_path / "plain.ckpt").exists()
+
+
 class Zoo(LightningModule):
     """Every kind of layer that can be adapted, under a part of the module."""
 

@@ -135,6 +135,23 @@ def test_a_layers_rows_move_no_other_layer_under_share_layer():
     assert not torch.equal(model["two"].delta_weight(), before)
 
 
+def test_a_second_refresh_of_a_layer_starts_from_what_the_first_left():
+    """Rows that only the first refresh chose stay as it left them."""
+    model = adapted("layer")
+    owner = model.uora_projections
+    kept = {}
+    for weak in (1, 3):
+        with torch.no_grad():
+            for _, layer in named_adapters(model):
+                layer.uora_d.fill_(1.0)[weak] = 0.01
+        assert refresh(model, ReinitSchedule())["A_9_0"] == [weak]
+        kept[weak] = owner.down(9, 0)[weak].clone(), owner.up(7, 0)[:, weak].clone()
+    for weak, (row, column) in kept.items():
+        assert torch.equal(owner.down(9, 0)[weak], row)
+        assert torch.equal(owner.up(7, 0)[:, weak], column)
+        assert not torch.equal(row, owner.down(9)[weak])
+
+
 def test_b_chooses_rows_of_b():
     model = adapted("layer")
     with torch.no_grad():

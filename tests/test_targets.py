@@ -129,6 +129,20 @@ def test_attention_of_torch_covers_in_proj_and_out_proj():
     assert chosen(encoder) == expected
 
 
+def test_short_names_count_beside_each_other_or_in_attention_alone():
+    """A key and a value without a query are a mixer, not attention, unless the block is called so."""
+
+    def block(*names: str) -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+
+    model = nn.ModuleDict(
+        {"mixer": block("k", "v", "out"), "block": block("q", "k"), "attn": block("k", "v")}
+    )
+    assert chosen(model) == ("block.q", "block.k", "attn.k", "attn.v")
+    with pytest.raises(ValueError, match="finds nothing to adapt"):
+        chosen(nn.ModuleDict({"mixer": block("q", "v")}))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0"])
 def test_attention_on_a_model_without_attention_proposes_other_presets(name: str):
     with torch.device("meta"):

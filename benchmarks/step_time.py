@@ -1,6 +1,6 @@
 """Step time and memory of UORA against the frozen floor, PEFT's VeRA and LoRA, and full fine-tuning.
 
-    python benchmarks/step_time.py                    # every part, about an hour on one core
+    python benchmarks/step_time.py                    # every part, about 25 minutes on one core
     python benchmarks/step_time.py table crossing     # some of: table, rank, tokens, layers, crossing, life
     python benchmarks/step_time.py --quick            # a smoke run of every part, nothing is kept
     python benchmarks/step_time.py --device cuda      # the shapes for one accelerator

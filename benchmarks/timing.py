@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -199,7 +200,7 @@ def saved_bytes(model: nn.Module, x: Tensor, autocast: bool = False) -> int:
         pointer = t.untyped_storage().data_ptr()
         if pointer not in own:
             seen[pointer] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()  # an output that its own graph held would never be freed
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
@@ -219,11 +220,12 @@ def peak_of(work: Callable[[], None], x: Tensor) -> int:
         work()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # else work would grow into what the heap has kept
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         work()
         return _status("VmHWM") - before
-    except OSError:
+    except (OSError, AttributeError):
         return -1
 
 

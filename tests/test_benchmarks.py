@@ -8,10 +8,12 @@ import math
 import runpy
 import statistics
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_uora import ReinitSchedule
 
@@ -150,6 +152,16 @@ def test_quality_benchmark_runs_every_method_in_a_small_form(
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'task'")]
     assert len(rows) == 2 * len(quality.methods(("lambda-0.2",), (4,)))
     assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_counting_saved_bytes_leaves_nothing_behind(monkeypatch):
+    """All seven copies of eight models would not fit otherwise; what a ReLU saves is its own output."""
+    monkeypatch.syspath_prepend(FOLDER)
+    timing = importlib.import_module("timing")
+    model, outputs = nn.Sequential(nn.Linear(3, 5), nn.ReLU()), []
+    model[1].register_forward_hook(lambda *given: outputs.append(weakref.ref(given[2])))
+    assert timing.saved_bytes(model, torch.ones(7, 3)) == 4 * 7 * (3 + 5)
+    assert [output() for output in outputs] == [None]
 
 
 def test_step_time_benchmark_runs_in_a_small_form(monkeypatch, capsys, one_thread):

@@ -27,6 +27,7 @@ NAMES = {
     "uora": "UORA",
     "uora+inputs": 'UORA, `init="inputs"`',
 }
+DEFAULT = "lambda-0.2"
 MARKS = {"head": "x", "full": "*", "lora": "s", "vera": "v", "uora": "o", "uora+inputs": "D"}
 
 
@@ -51,6 +52,8 @@ class Table:
     parameters: dict[tuple[str, Row], int]
     seconds: dict[tuple[str, Row], float]
     rates: dict[tuple[str, Row], float]
+    runs: int
+    hours: float
 
     def difference(self, task: str, one: Row, other: Row, validation: bool = False) -> Interval | None:
         """``one`` less ``other``, over the seeds that both have; None for fewer than three."""
@@ -66,9 +69,10 @@ class Table:
 def tabulate(path: Path) -> Table:
     """The chosen runs of the table of all runs."""
     done: Results = read(path)
-    table = Table({}, {}, {}, {}, {})
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    table = Table({}, {}, {}, {}, {}, len(rows), hours)
     for key in dict.fromkeys((r["task"], r["method"], int(r["rank"]), r["refresh"]) for r in rows):
         task, *method = key
         row: Row = tuple(method)
@@ -122,6 +126,7 @@ def goals(table: Table) -> Iterator[str]:
     yield "\n### Refreshes on, less off\n"
     yield "Goal: the interval above zero on two tasks at ranks up to 16; at the defaults never below -0.3.\n"
     yield from _differences(table, _on_off(table), _above_zero)
+    yield from _defaults(table)
     yield "\n### At equal rank: UORA less PEFT's VeRA, and A from the inputs less random A\n"
     yield from _differences(table, _at_equal_rank(table), _above_zero)
     yield "\n### Less LoRA r 1: UORA of the largest rank with no more parameters\n"
@@ -171,6 +176,21 @@ def _against_smallest_lora(table: Table) -> Iterator[Comparison]:
             fitting = [row for row in fitting if table.parameters[task, row] <= most]
             for row in sorted(fitting, key=_place)[-1:]:
                 yield task, f"{table.parameters[task, row]:,} and {most:,}", row, lora
+
+
+def _defaults(table: Table) -> Iterator[str]:
+    """One line on all settings with the default schedule."""
+    pairs = [(task, one, other) for task, refresh, one, other in _on_off(table) if refresh == DEFAULT]
+    found = [f for pair in pairs if (f := table.difference(*pair)) is not None]
+    if found:
+        means = [f.mean for f in found]
+        above = sum(mean > -0.3 for mean in means), sum(f.mean - f.half > -0.3 for f in found)
+        one_side = sum(abs(f.mean) > f.half for f in found)
+        yield (
+            f"\nAt the defaults ({DEFAULT}), {len(found)} settings: {min(means):+.2f} to {max(means):+.2f}, "
+            f"{statistics.mean(means):+.2f} in the mean; above -0.3 are {above[0]}, with the whole interval "
+            f"{above[1]}; the interval lies on one side of zero in {one_side}."
+        )
 
 
 def _above_zero(found: Interval) -> bool:
@@ -223,6 +243,9 @@ def report(folder: Path) -> None:
     """Write the Markdown and the plot, and print where they are."""
     table = tabulate(folder / "quality.csv")
     lines = ["# Quality\n", f"{__doc__.partition(chr(10) * 2)[2]}"]
+    lines += [
+        f"{table.runs:,} runs, the search for rates among them, trained for {table.hours:.1f} core-hours."
+    ]
     for task in table.scores:
         lines += [f"\n## {task}\n", *scores(table, task)]
     lines += ["\n## The goals\n", *goals(table), ""]

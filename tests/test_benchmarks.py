@@ -9,6 +9,7 @@ import runpy
 import statistics
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,11 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     ours, theirs = [90.0, 91.0, 95.0, 93.0], [88.0, 90.0, 91.0, 92.0]
     scores = {("uora+inputs", 4, "off"): ours, ("vera", 16, "off"): theirs, ("lora", 8, "off"): theirs}
     scores |= {("vera", 4, "off"): theirs, ("uora", 4, "off"): [94.0] * 4}
-    scores |= {("lora", 1, "off"): theirs, ("uora", 1, "off"): ours}
+    scores |= {
+        ("lora", 1, "off"): theirs,
+        ("uora", 1, "off"): ours,
+        ("uora", 1, "lambda-0.2"): [92, 91, 101, 93],
+    }
     table_of(quality, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
     table = report.tabulate(tmp_path / "quality.csv")
     assert table.scores["digits"]["uora+inputs", 4, "off"] == dict(enumerate(ours))
@@ -123,6 +128,8 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     assert f"r 4 | less PEFT VeRA | +0.00 ± 0.00 | {found} | 4 | no |" in text
     assert "r 4 | less UORA | +0.00 ± 0.00 | -1.75 ±" in text
     assert "| relative-0.5 | +1.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
+    assert "At the defaults (lambda-0.2), 1 settings: +2.00 to +2.00, +2.00 in the mean;" in text
+    assert "above -0.3 are 1, with the whole interval 0; the interval lies on one side of zero in 0." in text
     assert "no more parameters" in text
     assert f"UORA, r 1 | 100 and 100 | +0.00 ± 0.00 | {found} | 4 | no |" in text  # r 4 has more
     report.report(tmp_path)
@@ -138,6 +145,8 @@ def test_the_measured_table_in_the_repository_is_whole(quality):
     assert len(set(keys)) == len(keys)
     done = quality.read(FOLDER / "results/quality.csv")
     assert {len(found) for found in done.values()} == {2}
+    for run in (run for run in done if run.task == "docstrings" and run.method in ("head", "full")):
+        assert done[replace(run, task="docstrings-all")] == done[run]  # nothing there depends on the adapters
     assert not list(quality.wanted(quality.ALL_TASKS, quality.methods(("lambda-0.2",)), quality.SEEDS, done))
 
 

@@ -28,10 +28,10 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_uora import UORAConfig, attach_uora, calibrate, named_adapters
-from lightning_uora.moments import ExactMoment, SketchedMoment, sketch_size
-from lightning_uora.observer import Observer
-from lightning_uora.passes import Watch
-from lightning_uora.projection import projections_of
+from lightning_uora.adapters.projections import projections_of
+from lightning_uora.inputs.moments import ExactMoment, SketchedMoment, sketch_size
+from lightning_uora.inputs.observer import Observer
+from lightning_uora.inputs.passes import Watch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bundled import digits

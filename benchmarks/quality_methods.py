@@ -12,8 +12,8 @@ from quality_tasks import Task
 from torch import nn
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, calibrate
-from lightning_uora.calibration import inputs_observed
-from lightning_uora.refresher import Refresher
+from lightning_uora.inputs.calibration import inputs_observed
+from lightning_uora.reinit.schedule import Refresher
 
 POLICIES: dict[str, ReinitSchedule | None] = {
     "off": None,

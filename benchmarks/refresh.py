@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, refresh
-from lightning_uora.refresher import Refresher
+from lightning_uora.reinit.schedule import Refresher
 
 
 def cost(quick: bool) -> None:

@@ -38,7 +38,7 @@ from lightning_uora import (
     refresh,
     save_adapter,
 )
-from lightning_uora.functional import factored_flops, merged_flops
+from lightning_uora.adapters.functional import factored_flops, merged_flops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import METHODS, SHAPES, build, interleaved, now, peak_of

@@ -1,22 +1,21 @@
 """UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
 
-Floors, each importing only from below: ``callback``, ``cli`` · ``companions``, ``interop``, ``merging`` ·
-``attachment``, ``training_batches``, ``counting``, ``adapter_files``, ``checkpoint`` · ``restoring``,
-``refresher``, ``report``, ``inspection`` · ``refresh``, ``calibration`` · ``injection``, ``growth``,
-``passes`` · ``targets``, ``observer``, ``weakness`` · ``layers``, ``roles`` · ``kinds``, ``projection``,
-``moments``, ``ranks``, ``fingerprints``, ``manifest`` · ``functional``, ``rotation``, ``sharding``,
-``shared_inputs``, ``patches``, ``untouched``, ``loaders``, ``config``.
+Rooms, each importing only from those below it (a folder's ``__init__`` says what it is for and what others
+may take from it): ``callback``, ``cli`` · ``trainer`` · ``storage``, ``inputs`` · ``reports``, ``reinit`` ·
+``adapters`` · ``distributed``, ``config``.
 """
 
-from lightning_uora.adapter_files import load_adapter, save_adapter
-from lightning_uora.calibration import calibrate
-from lightning_uora.callback import UORACallback
-from lightning_uora.checkpoint import load_from_checkpoint
+from typing import TYPE_CHECKING, Any
+
+from lightning_uora.adapters import adapters_disabled, attach_uora, detach_uora, named_adapters, param_groups
 from lightning_uora.config import ReinitSchedule, UORAConfig
-from lightning_uora.injection import adapters_disabled, attach_uora, detach_uora, named_adapters, param_groups
-from lightning_uora.interop import export_peft
-from lightning_uora.refresh import rebuild, refresh
-from lightning_uora.report import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
+from lightning_uora.inputs import calibrate
+from lightning_uora.reinit import rebuild, refresh
+from lightning_uora.reports import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
+from lightning_uora.storage import export_peft, load_adapter, load_from_checkpoint, save_adapter
+
+if TYPE_CHECKING:
+    from lightning_uora.callback import UORACallback
 
 __version__ = "0.1.0"
 
@@ -42,3 +41,17 @@ __all__ = [
     "save_adapter",
     "summarize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``UORACallback``, imported when it is first asked for: all else works where Lightning is missing."""
+    if name != "UORACallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from lightning_uora.callback import UORACallback
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lightning":
+            raise
+        raise ImportError("UORACallback needs Lightning: pip install lightning") from error
+    globals()[name] = UORACallback
+    return UORACallback

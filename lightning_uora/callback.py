@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_uora.attachment import (
-    add_missing_to_optimizer,
-    built_later,
-    check_same_config,
-    is_calibrated,
-    keep_from_travelling,
-    report_without_gradient,
-    run_after_configure_model,
-)
-from lightning_uora.calibration import calibrate_with, inputs_observed
-from lightning_uora.checkpoint import CheckpointHooks
-from lightning_uora.companions import (
-    accept_part_of_the_weights,
-    refuse_averaging,
-    refuse_finetuning,
-    refuse_flattening_strategy,
-    refuse_pruning,
-    refuse_replacing_precision,
-    warn_of_spawned_copies,
-)
+from lightning_uora.adapters import Projections
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice
-from lightning_uora.counting import accumulating, callbacks_of, step_of, total_steps
-from lightning_uora.growth import require_growth_possible
-from lightning_uora.injection import attach_uora, find_root, is_adapted, named_adapters
-from lightning_uora.projection import Projections, projections_of
-from lightning_uora.ranks import alone, mean_gradients
-from lightning_uora.refresher import Refresher
-from lightning_uora.report import Summary, plot_refreshes, plot_vectors, summarize
-from lightning_uora.sharding import is_sharded, like, reshard_
-from lightning_uora.training_batches import TrainingBatches
+from lightning_uora.reinit import require_growth_possible
+from lightning_uora.reports import Summary, summarize
+from lightning_uora.trainer import (
+    Refreshing,
+    add_missing_to_optimizer,
+    attach_in_time,
+    calibrate_if_needed,
+    check_companions,
+    check_pruning,
+    forget_configure_model,
+    log_counts,
+    log_figures,
+    print_table,
+    put_gradients,
+    require_adapted,
+    waiting_gradients,
+    warn_of_idle_dropout,
+    warn_without_gradient,
+)
 
 __all__ = ["UORACallback"]
 
@@ -133,13 +115,11 @@ class UORACallback(Callback):
         self.reinit = reinit
         if reinit is not None:
             require_growth_possible(reinit.growth, self.config)
-        self._refresher = Refresher(reinit) if reinit is not None else None
+        self._refreshing = Refreshing(reinit) if reinit is not None else None
         self._owner: Projections | None = None
-        self._resumed = False
         self.summary: Summary | None = None
         self._gradients_seen = False
         self._gradients: dict[str, Tensor] = {}
-        self._last_step = 0
 
     @property
     def refreshes(self) -> list[dict[str, Any]]:
@@ -148,196 +128,82 @@ class UORACallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_replacing_precision(trainer)
-        refuse_flattening_strategy(trainer)
-        if isinstance(trainer.strategy, ModelParallelStrategy) and self.checkpoint == "adapter":
-            accept_part_of_the_weights(trainer.strategy, pl_module)
-        if stage == "fit":
-            refuse_finetuning(trainer)
-            calibrates = self.config.init == "inputs" and not is_calibrated(pl_module)
-            refuse_averaging(trainer, pl_module, self, self.reinit is not None, calibrates)
-            warn_of_spawned_copies(trainer, pl_module)
-        if built_later(pl_module) and not is_adapted(pl_module):
-            run_after_configure_model(pl_module, self._attach)
-        else:
-            self._attach(pl_module)
+        check_companions(trainer, pl_module, self, stage)
+        attach_in_time(pl_module, self.config, self.checkpoint, self._attached)
+
+    def _attached(self, pl_module: LightningModule, owner: Projections) -> None:
+        self._owner, self.summary = owner, summarize(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not is_adapted(pl_module):
-            raise MisconfigurationException(
-                "UORACallback attached no adapter: configure_model was replaced or never ran."
-            )
-        refuse_pruning(trainer)
+        require_adapted(pl_module)
+        check_pruning(trainer)
         self._gradients_seen = False
         self.summary = summarize(pl_module)
-        if trainer.loggers:
-            self._log_hyperparameters(trainer)
+        log_counts(trainer, self.summary)
         add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
-        if trainer.is_global_zero and any(
-            isinstance(callback, ModelSummary) for callback in callbacks_of(trainer)
-        ):
-            Console().print(self.summary.table())
+        print_table(trainer, self.summary)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._calibrate(trainer, pl_module)
-        self._last_step = step_of(trainer)
-        reshard_(pl_module)
-        parameters = dict(pl_module.named_parameters())
-        for name, gradient in self._gradients.items():
-            parameters[name].grad = like(gradient, parameters[name])
+        calibrate_if_needed(trainer, pl_module, self.reinit)
+        put_gradients(pl_module, self._gradients)
         self._gradients = {}
-        if self._refresher is not None:
-            self._refresher.due = self._refresher.schedule.due_steps(total_steps(trainer))
-            if not self._resumed:
-                self._refresher = Refresher(self._refresher.schedule, self._refresher.due, self._last_step)
-            self._resumed = False
-            if not self._refresher.due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                schedule = self._refresher.schedule
-                rank_zero_warn(
-                    f"reinit never refreshes in this run of {total_steps(trainer)} steps: its window, from "
-                    f"start={schedule.start} to stop={schedule.stop}, is empty."
-                )
-        adapters = [module for _, module in named_adapters(pl_module)]
-        if self.config.dropout and not any(module.training for module in adapters):
-            rank_zero_warn(
-                f"dropout={self.config.dropout} does nothing: the adapted modules are in evaluation mode, as "
-                "from_pretrained leaves them; call train() on the model before fitting."
-            )
+        if self._refreshing is not None:
+            self._refreshing.start(trainer)
+        warn_of_idle_dropout(pl_module, self.config)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._refresher is not None:
-            root, step = find_root(pl_module)[1], step_of(trainer)
-            late = self._refresher.is_due(step)  # resumed from between a step and its refresh
-            if late and self._refresher.schedule.growth != "gradient":  # those come with the next step
-                self._refresh(trainer, self._refresher, root, step, batch, batch_idx)
-            self._refresher.before_step(root, step)
+        if self._refreshing is not None:
+            self._refreshing.before_batch(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = step_of(trainer)
-        if self._refresher is not None and step != self._last_step:  # not while gradients accumulate
-            self._last_step = step
-            self._refresh(trainer, self._refresher, find_root(pl_module)[1], step, batch, batch_idx)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refresher = self._refresher
-        if refresher is not None and refresher.is_over and not refresher.refreshed:
-            rank_zero_warn(
-                f"reinit refreshed no row in {len(refresher.due)} attempts: "
-                f"threshold={refresher.schedule.threshold} "
-                f"({refresher.schedule.threshold_mode}) or max_fraction={refresher.schedule.max_fraction} "
-                "is too low."
-            )
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.refreshes and (trainer.is_global_zero or is_sharded(pl_module)):
-            _log_figures(trainer, find_root(pl_module)[1])
+        if self._refreshing is not None:
+            self._refreshing.after_batch(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._gradients_seen:
             self._gradients_seen = True
-            report_without_gradient(pl_module)
+            warn_without_gradient(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._refreshing is not None:
+            self._refreshing.end()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_figures(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        forget_configure_model(pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._refresher is None else {"refresher": self._refresher.state()}
+        return {} if self._refreshing is None else {"refresher": self._refreshing.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._refresher is not None and "refresher" in state_dict:
-            self._refresher.load_state(state_dict["refresher"])
-            self._resumed = True
+        if self._refreshing is not None and "refresher" in state_dict:
+            self._refreshing.load_state(state_dict["refresher"])
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if accumulating(trainer):
-            with alone(trainer.world_size == 1):
-                checkpoint["uora_gradients"] = mean_gradients(pl_module)
+        if gradients := waiting_gradients(trainer, pl_module):
+            checkpoint["uora_gradients"] = gradients
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._gradients = checkpoint.get("uora_gradients", {})
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A from the first training batches, unless it is there (by hand, or from a checkpoint)."""
-        root = find_root(pl_module)[1]
-        grows = self.reinit is not None and self.reinit.growth == "inputs"
-        if not (grows or projections_of(root).uncalibrated):
-            return
-        look, started = TrainingBatches(trainer), time.perf_counter()
-        if not projections_of(root).uncalibrated:
-            return
-        batches = look.first_batches(int(min(self.config.calibration_batches, trainer.num_training_batches)))
-        few = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        with alone(trainer.world_size == 1), look.silenced(), look.progress() as forward:
-            calibrate_with(root, batches, forward, around=pl_module, few=few)
-        rank_zero_info(
-            f"UORA: A of {len(list(named_adapters(root)))} modules is set from the inputs of {len(batches)} "
-            f"batches, in {time.perf_counter() - started:.1f} s."
-        )
-
-    def _refresh(
-        self, trainer: Trainer, refresher: Refresher, root: nn.Module, step: int, batch: Any, batch_idx: int
-    ) -> None:
-        rows = None
-        with ExitStack() as stack:
-            stack.enter_context(alone(trainer.world_size == 1))
-            if refresher.schedule.growth == "inputs" and refresher.is_due(step):
-                look = TrainingBatches(trainer)
-                stack.enter_context(look.silenced())
-                around = trainer.lightning_module
-                stack.enter_context(inputs_observed(root, [(batch, batch_idx)], look.step, around))
-            rows = refresher.after_step(root, trainer.optimizers, step)
-        if rows is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics({"uora/refreshed_rows": float(sum(map(len, rows.values())))}, step)
-
-    def _attach(self, pl_module: LightningModule) -> None:
-        if is_adapted(pl_module):
-            check_same_config(pl_module, self.config)
-        else:
-            attach_uora(pl_module, self.config)
-        self._owner = projections_of(find_root(pl_module)[1])
-        keep_from_travelling(pl_module, self._owner)
-        CheckpointHooks(pl_module, self.checkpoint).install()
-        self.summary = summarize(pl_module)
-
-    def _log_hyperparameters(self, trainer: Trainer) -> None:
-        assert self.summary is not None
-        counts = {
-            f"uora/{name}": getattr(self.summary, name)
-            for name in ("adapter_params", "trainable_params", "total_params", "trainable_fraction")
-        }
-        for logger in trainer.loggers:
-            logger.log_hyperparams(counts)
-
-
-def _log_figures(trainer: Trainer, root: nn.Module) -> None:
-    """Vectors and refreshes as images, to the loggers that take images, where matplotlib is installed."""
-    takers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
-    if not takers or importlib.util.find_spec("matplotlib") is None:
-        return
-    for name, figure in (("uora/vectors", plot_vectors(root)), ("uora/refreshes", plot_refreshes(root))):
-        for logger in takers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(name, figure, trainer.global_step)
-            else:
-                logger.experiment.log({name: figure})

@@ -14,14 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_uora.adapter_files import read
-from lightning_uora.checkpoint import load_from_checkpoint, read_checkpoint, save_checkpoint
+from lightning_uora.adapters import OWNER, named_adapters
 from lightning_uora.config import INITS, UORAConfig
-from lightning_uora.injection import named_adapters
-from lightning_uora.inspection import inspect_model, model_on_meta
-from lightning_uora.interop import write_peft
-from lightning_uora.merging import detached_state, merge_state, skeleton
-from lightning_uora.projection import OWNER
+from lightning_uora.reports import inspect_model, model_on_meta
+from lightning_uora.storage import (
+    detached_state,
+    load_from_checkpoint,
+    merge_state,
+    read,
+    read_checkpoint,
+    save_checkpoint,
+    skeleton,
+    write_peft,
+)
 
 EXAMPLES = """examples:
   uora inspect vit_base_patch16_224 --rank 1024        costs, before anything is downloaded

@@ -34,7 +34,7 @@ from lightning_uora import (
     save_adapter,
     summarize,
 )
-from lightning_uora.sharding import whole
+from lightning_uora.distributed.sharding import whole
 from tests.toys import Toy, trainer
 
 RANK = 3  # odd, so that two ranks hold shards of unequal size
@@ -304,7 +304,7 @@ def seeded_by_rank() -> Toy:
 
 def disagreeing() -> dict[str, Any]:
     """The second rank would choose other rows and other candidates, as another machine's rounding might."""
-    module: Any = sys.modules["lightning_uora.refresh"]  # the package's attribute is the function
+    module: Any = sys.modules["lightning_uora.reinit.refresh"]  # the package's attribute is the function
     which, candidates = module.weakest, module.picked_directions
     if torch.distributed.get_rank() == 1:
         module.weakest = lambda scores, schedule: [RANK - 1]

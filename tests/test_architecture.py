@@ -1,55 +1,61 @@
-"""The floors: an import points down, never up or sideways."""
+"""The rooms: imports point down, through doors; and what the package imports when."""
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
+
+import pytest
 
 import lightning_uora
 
-FLOORS = {
-    "functional": 0,
-    "config": 0,
-    "rotation": 0,
-    "patches": 0,
-    "untouched": 0,
-    "loaders": 0,
-    "shared_inputs": 0,
-    "sharding": 0,
-    "kinds": 1,
-    "moments": 1,
-    "projection": 1,
-    "ranks": 1,
-    "fingerprints": 1,
-    "manifest": 1,
-    "layers": 2,
-    "roles": 2,
-    "targets": 3,
-    "observer": 3,
-    "weakness": 3,
-    "injection": 4,
-    "growth": 4,
-    "passes": 4,
-    "refresh": 5,
-    "calibration": 5,
-    "restoring": 6,
-    "refresher": 6,
-    "report": 6,
-    "inspection": 6,
-    "adapter_files": 7,
-    "checkpoint": 7,
-    "training_batches": 7,
-    "attachment": 7,
-    "counting": 7,
-    "merging": 8,
-    "interop": 8,
-    "companions": 8,
-    "callback": 9,
-    "cli": 9,
+HOUSE = (
+    ("callback", "cli"),
+    ("trainer",),
+    ("storage", "inputs"),
+    ("reports", "reinit"),
+    ("adapters",),
+    ("distributed", "config"),
+)
+"""Rooms, and files beside them, from the top; what stands in one row does not know of each other."""
+INSIDE = {
+    "trainer": (
+        ("companions", "refreshing"),
+        ("attachment", "calibrating", "loggers", "resuming"),
+        ("training_batches", "steps"),
+        ("loaders",),
+    ),
+    "storage": (
+        ("merging", "peft"),
+        ("adapter_files", "checkpoint"),
+        ("restoring",),
+        ("manifest", "fingerprints"),
+    ),
+    "inputs": (
+        ("calibration",),
+        ("passes",),
+        ("observer", "moments", "shared_inputs", "untouched"),
+        ("patches",),
+    ),
+    "reports": (("inspection", "meta_models", "report"),),
+    "reinit": (("schedule",), ("refresh",), ("growth",), ("weakness", "rotation")),
+    "adapters": (
+        ("attach",),
+        ("targets", "specialise"),
+        ("forms", "roles"),
+        ("layers", "role_names"),
+        ("kinds", "projections"),
+        ("functional", "draws"),
+    ),
+    "distributed": (("processes",), ("sharding",)),
 }
-LIGHTNING = ("attachment", "callback", "companions", "counting", "training_batches")
+"""Files of each room from the top, likewise."""
 PACKAGE = Path(lightning_uora.__file__).parent
+FILES = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"]
 
 
 def imports(path: Path) -> list[str]:
@@ -62,29 +68,114 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-def test_every_module_has_a_floor():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(FLOORS)
+def rows(plan: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+    return {name: row for row, names in enumerate(plan) for name in names}
 
 
-def test_imports_point_down_only():
-    for name, level in FLOORS.items():
-        for target in imports(PACKAGE / f"{name}.py"):
-            if target.startswith("lightning_uora"):
-                assert FLOORS[target.removeprefix("lightning_uora.")] < level, f"{name} imports {target}"
+def room_of(path: Path) -> str:
+    return path.stem if path.parent == PACKAGE else path.parent.name
 
 
-def test_only_the_callback_and_its_parts_import_lightning_and_config_needs_no_torch():
-    for name in FLOORS:
-        roots = {target.split(".")[0] for target in imports(PACKAGE / f"{name}.py")}
-        assert "lightning" not in roots or name in LIGHTNING, name
-        assert "pytorch_lightning" not in roots
-        assert "transformers" not in roots
-        if name == "config":
+def own(path: Path) -> list[list[str]]:
+    """What a file takes from this package, as parts of dotted names."""
+    return [t.split(".")[1:] for t in imports(path) if t.split(".")[0] == "lightning_uora"]
+
+
+def test_every_file_has_its_place():
+    assert {room_of(path) for path in FILES} == set(rows(HOUSE))
+    for room, plan in INSIDE.items():
+        assert {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"} == set(rows(plan)), room
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_point_down_and_stay_outside_of_other_rooms_doors(path: Path):
+    house, room = rows(HOUSE), room_of(path)
+    for target in own(path):
+        assert target, "from lightning_uora import ..."
+        if target[0] != room:
+            assert house[target[0]] > house[room], target
+            assert len(target) == 1, f"{'.'.join(target)} is behind a door"
+        elif path.stem != "__init__":
+            inside = rows(INSIDE[room])
+            assert len(target) == 2, "a room's own door"
+            assert inside[target[1]] > inside[path.stem], target
+        assert not any(t.startswith(".") for t in imports(path))
+
+
+@pytest.mark.parametrize("room", INSIDE)
+def test_a_door_says_what_the_room_is_for_and_hands_on_what_is_taken_alone(room: str):
+    door = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    sentence = ast.get_docstring(door)
+    assert sentence
+    assert sentence.count("\n") == 0
+    handed = {a.name for node in door.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    taken = set()
+    for path in [*FILES, PACKAGE / "__init__.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == f"lightning_uora.{room}":
+                taken |= {alias.name for alias in node.names}
+    told = set(re.findall(rf"lightning_uora\.{room}\.(\w+)\(", "".join(p.read_text() for p in FILES)))
+    assert handed == taken | told
+
+
+def test_only_lightnings_side_imports_lightning_and_config_needs_no_torch():
+    for path in FILES:
+        roots = {target.split(".")[0] for target in imports(path)}
+        assert "lightning" not in roots or room_of(path) in ("trainer", "callback", "cli"), path
+        assert not roots & {"pytorch_lightning", "transformers"}, path
+        if path.stem == "config":
             assert not roots & {"torch", "rich"}
 
 
+def run(program: str) -> str:
+    """What a program prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_lightning_all_works_but_the_callback_which_says_what_to_install():
+    said = run("""
+        import sys
+        sys.modules["lightning"] = None
+        import tempfile, torch, lightning_uora as uora
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        uora.attach_uora(model, uora.UORAConfig(rank=2, target_modules="all-linear"))
+        uora.refresh(model, uora.ReinitSchedule(threshold=0.5))
+        with tempfile.TemporaryDirectory() as folder:
+            uora.save_adapter(model, folder)
+            uora.detach_uora(model)
+            print(uora.load_adapter(model, folder))
+            uora.export_peft(model, folder)
+        for name in set(uora.__all__) - {"UORACallback"}:
+            getattr(uora, name)
+        try:
+            uora.UORACallback
+        except ImportError as error:
+            print(error)
+    """)
+    assert said == "['0', '1']\nUORACallback needs Lightning: pip install lightning\n"
+
+
+def test_importing_the_package_imports_what_it_needs_and_no_more():
+    loaded = run("""
+        import sys
+        import rich.console, rich.table, safetensors.torch, torch.distributed.tensor, typing_extensions
+        before = set(sys.modules)
+        import lightning_uora
+        print(*{m.partition(".")[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names))
+    """)
+    assert loaded.split() == ["lightning_uora"]
+
+
 def test_every_note_that_is_pointed_to_is_there_and_none_is_forgotten():
-    written = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
+    written = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     title = re.compile(r"^ *# Note \[(.+)\]$", re.MULTILINE)
     pointers = re.findall(r"Note\s+\[([^]]+)\]", title.sub("", written))
     assert {" ".join(name.replace("#", " ").split()) for name in pointers} == set(title.findall(written))

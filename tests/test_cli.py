@@ -25,8 +25,8 @@ from lightning_uora import (
     refresh,
     save_adapter,
 )
-from lightning_uora.checkpoint import CheckpointHooks
 from lightning_uora.cli import main
+from lightning_uora.storage.checkpoint import CheckpointHooks
 from tests.toys import Toy, callback, data, trainer
 
 

@@ -1,0 +1,71 @@
+"""Specialising a module in place: the generated class that reads through the adapter, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_uora.adapters.forms import AdaptedAttention, AdaptedLinear
+from lightning_uora.adapters.kinds import has_plain_forward, named_parts
+from lightning_uora.adapters.layers import AdaptedModule, Adapter
+from lightning_uora.adapters.projections import Projections
+
+__all__ = ["specialise", "unspecialise"]
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedModule]] = {}
+
+
+def _adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[AdaptedModule]:
+    """The specialised subclass of ``cls``, one for each class and set of adapted parameters."""
+    if (cls, names) not in _CLASSES:
+        if issubclass(cls, nn.MultiheadAttention):
+            mixin: type[AdaptedModule] = AdaptedAttention
+        else:
+            mixin = AdaptedLinear if has_plain_forward(cls) else AdaptedModule
+        body: dict[str, Any] = {name: _weight_property(name) for name in names}
+        body.update(__module__=cls.__module__, __doc__=cls.__doc__, uora_original=cls)
+        body.update(uora_revive=staticmethod(_new))
+        _CLASSES[cls, names] = cast("type[AdaptedModule]", type(f"UORA{cls.__name__}", (mixin, cls), body))
+    return _CLASSES[cls, names]
+
+
+def _weight_property(name: str) -> property:
+    def read(self: AdaptedModule) -> Tensor | None:
+        weight, told = self._uora_weight(name), self._uora.owner.on_read
+        if told is not None and weight is not None:
+            told(weight, self, name)
+        return weight
+
+    return property(read, doc=f"Effective {name}: the frozen parameter plus the adapter's update.")
+
+
+def _new(cls: type[nn.Module], names: tuple[str, ...], *args: Any) -> AdaptedModule:
+    """Unpickle: an empty instance of the specialised class, whose state follows."""
+    adapted = _adapted_class(cls, names)
+    return adapted.__new__(adapted, *args)
+
+
+def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModule:
+    """Adapt ``module`` in place: two new parameters, and the class that reads through them.
+
+    A fresh adapter has b = 0, so the module computes exactly what it did.
+    """
+    parts = named_parts(module)
+    adapter = Adapter(owner, parts, index)
+    device = cast(Tensor, module._parameters[next(iter(parts))]).device
+    d = torch.full((owner.config.rank,), owner.config.d_init, dtype=torch.float32, device=device)
+    b = torch.zeros(adapter.m, dtype=torch.float32, device=device)
+    module.__dict__["_uora"] = adapter
+    module.register_parameter("uora_d", nn.Parameter(d))
+    module.register_parameter("uora_b", nn.Parameter(b))
+    module.__class__ = _adapted_class(type(module), tuple(parts))
+    return cast(AdaptedModule, module)
+
+
+def unspecialise(module: AdaptedModule) -> nn.Module:
+    """Undo :func:`specialise` exactly."""
+    cast(nn.Module, module).__class__ = module.original_class
+    del module._parameters["uora_d"], module._parameters["uora_b"], module.__dict__["_uora"]
+    return module

@@ -1,0 +1,162 @@
+"""Which modules are adapted and which are trained as they are: patterns, presets and their errors."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_uora.adapters.kinds import has_plain_forward, is_linear_like, is_supported, unsupported
+from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
+from lightning_uora.config import PRESETS, UORAConfig
+
+__all__ = ["Selection", "select"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What :func:`select` found: names in model order."""
+
+    adapted: tuple[str, ...]
+    trained: tuple[str, ...]
+
+
+def select(model: nn.Module, config: UORAConfig) -> Selection:
+    """The modules to adapt and the modules to train as they are. Nothing is changed.
+
+    Promises: an adapted module is of a supported kind and not inside a trained one; at least one is found.
+
+    Raises:
+        ValueError: A pattern matches nothing (near misses are named) or only what cannot be adapted; an
+            invalid regular expression; a preset that finds nothing (another is proposed); a module named both
+            as target and as trained; a weight shared by two targets; dropout where it cannot be applied.
+    """
+    modules = dict(model.named_modules())
+    targets = _as_tuple(config.target_modules)
+    excluded = inside(modules, _expand(modules, config.exclude_modules, "exclude_modules"))
+    if config.trainable_modules == "auto":
+        trained = tuple(name for name in find_heads(model) if name not in targets and name not in excluded)
+        reserved = inside(modules, trained) - set(targets)
+    else:
+        trained = _expand(modules, _as_tuple(config.trainable_modules), "trainable_modules")
+        reserved = inside(modules, trained)
+        both = [name for name in targets if name in reserved]
+        if both:
+            raise ValueError(
+                f"target_modules and trainable_modules both name {both[0]!r}; a module is adapted or trained."
+            )
+    chosen: set[str] = set()
+    for target in targets:
+        found = _preset(modules, target) if target in PRESETS else _matches(modules, target, "target_modules")
+        kept = [name for name in found if name not in excluded and name not in reserved]
+        chosen.update(_adaptable(modules, target, kept, found))
+    adapted = tuple(name for name in modules if name in chosen)
+    _check(modules, adapted, config)
+    return Selection(adapted, trained)
+
+
+def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _expand(modules: dict[str, nn.Module], patterns: Sequence[str], field: str) -> tuple[str, ...]:
+    found = {name for pattern in _as_tuple(patterns) for name in _matches(modules, pattern, field)}
+    return tuple(name for name in modules if name in found)
+
+
+def _matches(modules: dict[str, nn.Module], pattern: str, field: str) -> list[str]:
+    """Names that ``pattern`` matches, in model order; at least one."""
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{field}={pattern!r} is not a valid regular expression: {error}.") from error
+        found = [name for name in modules if expression.fullmatch(name)]
+    elif any(character in pattern for character in "*?["):
+        found = [name for name in modules if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")]
+    else:
+        found = [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
+    if not found:
+        raise ValueError(f"{field}={pattern!r} matches no module.{_near_misses(modules, pattern)}")
+    return found
+
+
+def _near_misses(modules: dict[str, nn.Module], pattern: str) -> str:
+    depth = pattern.count(".") + 1
+    endings = {".".join(name.split(".")[-depth:]): name for name in modules if name}
+    near = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=3, cutoff=0.5)
+    if near:
+        return " Near misses: " + ", ".join(repr(name) for name in near) + "."
+    ends = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in modules.items() if name and is_supported(module)}
+    )
+    names = ", ".join(ends[:20]) or "none"
+    return f" Names that can be adapted end in: {names}; presets are {', '.join(PRESETS)}."
+
+
+def _adaptable(modules: dict[str, nn.Module], target: str, kept: list[str], found: list[str]) -> list[str]:
+    """Those of ``kept`` with a supported weight; what was named outright and has none raises."""
+    supported = [name for name in kept if is_supported(modules[name])]
+    exact = target not in PRESETS and not target.startswith("re:") and not any(c in target for c in "*?[")
+    for name in kept:
+        owns_weight = "weight" in modules[name]._parameters and not is_supported(modules[name])
+        if (exact and owns_weight) or name in supported:
+            reason = unsupported(name, modules[name])
+            if reason is not None:
+                raise ValueError(f"target_modules={target!r}: {reason}")
+    if not supported and target not in PRESETS:
+        if found and not kept:
+            why = "matches only modules that are excluded or trained as they are"
+        else:
+            shown = ", ".join(map(repr, kept[:3]))
+            why = f"matches {shown}, which hold no weight of a kind that can be adapted"
+        raise ValueError(
+            f"target_modules={target!r} {why}; name a layer in full, or change trainable_modules."
+        )
+    if not supported:
+        raise ValueError(_nothing_found(modules, target))
+    return supported
+
+
+def _nothing_found(modules: dict[str, nn.Module], preset: str) -> str:
+    linears = sum(is_linear_like(module) for module in modules.values())
+    others = sum(is_supported(module) and not is_linear_like(module) for module in modules.values())
+    return (
+        f"target_modules={preset!r} finds nothing to adapt in this model, which has {linears} Linear-like "
+        f"layers and {others} other supported ones, heads included; use 'all-linear' or 'all', or name "
+        "layers by pattern."
+    )
+
+
+def _preset(modules: dict[str, nn.Module], preset: str) -> list[str]:
+    outputs = {id(module) for module in output_embeddings(modules)}
+    candidates = {
+        name: module for name, module in modules.items() if is_supported(module) and id(module) not in outputs
+    }
+    if preset == "attention":
+        return attention_projections(modules, candidates)
+    if preset == "all-linear":
+        return [n for n, m in candidates.items() if is_linear_like(m) or isinstance(m, nn.MultiheadAttention)]
+    return list(candidates)
+
+
+def _check(modules: dict[str, nn.Module], adapted: tuple[str, ...], config: UORAConfig) -> None:
+    """What only the whole choice shows: shared weights, and dropout where nothing can drop out."""
+    seen: dict[int, str] = {}
+    for name in adapted:
+        for parameter in modules[name].parameters(recurse=False):
+            if parameter.dim() > 1 and seen.setdefault(id(parameter), name) != name:
+                raise ValueError(
+                    f"modules {seen[id(parameter)]!r} and {name!r} share one weight, which would be adapted "
+                    "twice; exclude one of them by exclude_modules."
+                )
+        kind = type(modules[name])
+        if config.dropout > 0.0 and not has_plain_forward(kind):
+            raise ValueError(
+                f"dropout={config.dropout} needs modules with the plain Linear forward, but {name!r} is a "
+                f"{kind.__name__}; set dropout=0.0 or exclude it."
+            )

@@ -1,0 +1,129 @@
+"""A from the inputs: batches through the frozen model, and the principal axes of what each layer got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_uora.adapters import Projections, projections_of, require_no_inference_mode, seeded_generator
+from lightning_uora.inputs.moments import (
+    principal_rows,
+)
+from lightning_uora.inputs.passes import Forward, Watch
+
+__all__ = ["calibrate", "calibrate_with", "inputs_observed"]
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> None:
+    """Set A of a model adapted with ``init="inputs"`` to the principal axes of what its layers receive.
+
+    Each layer gets an A of its own with ``share="layer"``; with ``"model"`` the inputs of all layers of a
+    width count as one. Every entry is a float16 number, as it will be stored.
+
+    Promises: the batches run through the frozen model, without adapters and gradients, in evaluation mode;
+    training flags, buffers, the modules' attributes and the global random state are after as before; after an
+    error so are A and all else; every rank of a distributed run gets the same A, from the inputs of all.
+
+    Memory beyond A and a forward without gradients, for each layer (for query, key and value together, where
+    they get one tensor): 6 n l bytes with l = r + min(3 r / 4, 128), r + 8 at least, or 4 n n where n is at
+    most 256 or 2 l; besides, 2,048 rows of the largest input in
+    float32, of convolutions 8,192 patches a call, and at the end, for one layer at a time, three times its
+    moment in float64. The batches are held, because wide layers take two passes.
+
+    Args:
+        model: The root that was given to ``attach_uora``.
+        batches: What the model takes, on its device: tensors; tuples or lists of arguments; mappings of named
+            ones. Eight are plenty as a rule.
+        forward: Runs the model on one of the batches, where calling the model with it does not.
+
+    Raises:
+        ValueError: The model is not adapted with ``init="inputs"``, is calibrated, sharded, or on ``meta``;
+            there is no batch, or one that the model refuses; a layer receives nothing, less than r rows, or
+            non-finite values (it is named).
+
+    Example:
+        >>> from lightning_uora import UORAConfig, attach_uora
+        >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+        >>> attach_uora(model, UORAConfig(rank=4, target_modules=["0"], init="inputs"))
+        ['0']
+        >>> calibrate(model, [torch.randn(20, 7)])
+
+    Source: METHOD decision 7, after EVA (arXiv:2410.07170), *ours*.
+    """
+    calibrate_with(model, batches, forward)
+
+
+def calibrate_with(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    around: nn.Module | None = None,
+    few: bool = False,
+) -> None:
+    """As :func:`calibrate`.
+
+    Args:
+        model: Likewise.
+        batches: Likewise.
+        forward: Likewise.
+        around: The module whose state ``forward`` may move, where it is more than the model.
+        few: Take fewer rows than r as well, and draw the rest.
+    """
+    owner = projections_of(model)
+    require_no_inference_mode("calibrate")
+    _require_uncalibrated(owner)
+    rank, seed = owner.config.rank, owner.config.seed
+    watch = Watch(model, rank, off=True)
+    watch.run(batches, forward, model if around is None else around, fewest=0 if few else rank)
+    values = {}
+    for key, axes in watch.axes():
+        n = int(key.split("_")[1])
+        A = principal_rows(axes, rank, n, seeded_generator(seed, "inputs", key))
+        values[key] = A.half().to(owner.down(n).device)
+    with torch.no_grad():
+        for key, A in values.items():
+            owner.writable(key).copy_(A)
+    owner.calibrated = True
+
+
+@contextmanager
+def inputs_observed(
+    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, around: nn.Module | None = None
+) -> Iterator[None]:
+    """Refreshes inside know the unused principal axes of the inputs, for ``growth="inputs"``.
+
+    The batches run through the adapted model as it is now; otherwise as in :func:`calibrate`.
+
+    Args:
+        model: The root that was given to ``attach_uora``.
+        batches: As for :func:`calibrate`.
+        forward: Likewise.
+        around: The module whose state ``forward`` may move, where it is more than the model.
+    """
+    owner = projections_of(model)
+    watch = Watch(model, 2 * owner.config.rank, off=False)
+    watch.run(batches, forward, model if around is None else around, fewest=0)
+    found = dict(watch.axes())
+
+    def unused(buffer: str, basis: Tensor, wanted: int) -> Tensor:
+        return found[buffer].away_from(basis.double()).rows[:wanted]
+
+    owner.unused_axes = unused
+    try:
+        yield
+    finally:
+        owner.unused_axes = None
+
+
+def _require_uncalibrated(owner: Projections) -> None:
+    if owner.config.init != "inputs":
+        raise ValueError(f"calibrate needs init='inputs'; the model has init={owner.config.init!r}.")
+    if owner.calibrated:
+        raise ValueError(
+            "the model is calibrated already; another A would change what its vectors mean. Call detach_uora "
+            "and attach_uora to start again."
+        )

@@ -1,0 +1,228 @@
+"""The refresh: what replaces weak rows of A and B, and the record from which both can be rebuilt.
+
+*Which* rows are weak is ``weakness.py``, *how* one turns ``rotation.py``, *when* ``schedule.py``;
+none knows another's insides. :func:`refresh` joins the first two; the callback drives the third.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_uora.adapters import (
+    Projections,
+    adapted_modules,
+    one_thread,
+    projections_of,
+    require_no_inference_mode,
+    seeded_generator,
+)
+from lightning_uora.config import ReinitSchedule
+from lightning_uora.distributed import agreed, edited, reshard_, whole
+from lightning_uora.reinit.growth import picked_directions, require_gradients, require_growth_possible
+from lightning_uora.reinit.rotation import cosine, turned_rows
+from lightning_uora.reinit.weakness import Slot, scores_of, slots_of, weakest
+
+__all__ = ["rebuild", "rebuild_around", "refresh", "refresh_at"]
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+def refresh(
+    model: nn.Module,
+    schedule: ReinitSchedule,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+) -> dict[str, list[int]]:
+    """Refresh the weak rows of an adapted model now.
+
+    Promises: rows keep their norm; staying rows are untouched; replaced rows are exactly orthogonal to all
+    others where rank plus replaced rows fit into the dimension; what is drawn depends on the seed, the
+    projection and the number of the refresh alone; after an error nothing has changed. With several ranks
+    every rank must call it; all make the same refresh, see Note [One decision on all ranks].
+
+    Args:
+        model: The root that was given to ``attach_uora``.
+        schedule: Threshold, fraction, interpolation, vectors, criterion, growth; its steps are not looked at.
+        optimizer: Its first moments of refreshed entries are cleared (Adam family, SGD, RMSprop).
+
+    Returns:
+        The indices refreshed in each projection: rows of ``"A_<n>"``, columns of ``"B_<m>"``, rows of
+        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. Empty where nothing was weak.
+
+    Raises:
+        ValueError: The model is not adapted; d or b is not finite (the layer is named); the criterion or the
+            growth needs what is not there.
+
+    Source: UORA (arXiv:2505.20154) for interpolating weak rows towards fresh ones; METHOD decisions 2-4 are
+    *ours*.
+    """
+    return refresh_at(model, schedule, optimizer, {}, len(projections_of(model).record))
+
+
+def rebuild(model: nn.Module) -> None:
+    """Set A and B from the configuration and the record alone, bit for bit on one machine.
+
+    With ``init="inputs"`` A cannot be rebuilt, and stays as it is.
+    """
+    rebuild_around(model, projections_of(model).stored())
+
+
+def rebuild_around(model: nn.Module, given: dict[str, Tensor]) -> None:
+    """As :func:`rebuild`, with the projections in ``given`` taken as they are."""
+    owner = projections_of(model)
+    record = list(owner.record)
+    owner.reset()
+    with torch.no_grad():
+        for name, values in given.items():
+            owner.writable(name).copy_(values)
+        for number, entry in enumerate(record):
+            slots = {slot.key: slot for v in ("d", "b") for slot in slots_of(model, v)}
+            plan = [(slots[key], rows) for key, rows in entry["rows"].items() if key not in given]
+            _write(owner, _turn(owner, plan, entry, number))
+    owner.record = record
+
+
+# Note [One decision on all ranks]
+# d, b and an optimizer's moments are equal on all ranks, but sums of floats may differ in the last bit
+# between machines, and one row chosen otherwise would leave the ranks with different models for good. So the
+# first rank's choice of rows, and of candidates, counts for all; the rows themselves each rank draws from the
+# seed. Candidates are judged by the gradient of the whole batch, which is summed over the ranks.
+
+
+def refresh_at(
+    model: nn.Module,
+    schedule: ReinitSchedule,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    averages: dict[str, Tensor],
+    step: int,
+) -> dict[str, list[int]]:
+    """As :func:`refresh`, with the number of the step and the averages for ``criterion="ema"``."""
+    optimizers = _optimizers(optimizer)
+    owner = projections_of(model)
+    require_no_inference_mode("a refresh")
+    owner.require_calibrated("a refresh")
+    reshard_(model)
+    _check(model, owner, schedule, step)
+    if schedule.interpolation == 0.0:
+        return {}
+    plan = _plan(model, schedule, scores_of(model, schedule, optimizers, averages))
+    if not plan:
+        return {}
+    entry: dict[str, Any] = {
+        "step": step,
+        "rows": {slot.key: chosen for slot, chosen in plan},
+        "interpolation": schedule.interpolation,
+    }
+    with torch.no_grad():
+        if schedule.growth == "gradient":
+            entry["candidates"] = schedule.candidates
+            entry["picked"] = agreed(picked_directions(owner, plan, schedule.candidates))
+        _write(owner, _turn(owner, plan, entry, len(owner.record)))
+        _settle(plan, schedule, optimizers)
+    owner.record.append(entry)
+    rows: dict[str, list[int]] = entry["rows"]
+    return {key: list(chosen) for key, chosen in rows.items()}
+
+
+def _plan(
+    model: nn.Module, schedule: ReinitSchedule, scores: dict[tuple[int, str], Tensor]
+) -> list[tuple[Slot, list[int]]]:
+    """What to refresh, and which rows of it; see Note [One decision on all ranks]."""
+    slots = [slot for vector in schedule.vectors for slot in slots_of(model, vector)]
+    chosen = agreed(
+        [weakest([scores[layer._uora.index, s.vector] for layer in s.layers], schedule) for s in slots]
+    )
+    return [(slot, rows) for slot, rows in zip(slots, chosen, strict=True) if rows]
+
+
+def _check(model: nn.Module, owner: Projections, schedule: ReinitSchedule, step: int) -> None:
+    vectors = [(n, v, p) for n, m in adapted_modules(model) for v, p in (("d", m.uora_d), ("b", m.uora_b))]
+    finite = torch.stack([whole(p.detach()).isfinite().all() for _, _, p in vectors])
+    if not finite.all():
+        name, vector, _ = vectors[int(finite.logical_not().nonzero()[0])]
+        raise ValueError(f"{vector} of module {name!r} is not finite at step {step}; nothing was refreshed.")
+    require_growth_possible(schedule.growth, owner.config)
+    if schedule.growth == "gradient":
+        require_gradients(owner)
+    if schedule.growth == "inputs" and owner.unused_axes is None:
+        raise ValueError(
+            "growth='inputs' needs inputs: refresh inside `with "
+            "lightning_uora.inputs.inputs_observed(model, batches):`, or let the callback do both."
+        )
+
+
+def _turn(
+    owner: Projections, plan: list[tuple[Slot, list[int]]], entry: dict[str, Any], number: int
+) -> dict[str, Tensor]:
+    """The new values of every projection in the plan, on the CPU; nothing is written yet."""
+    turned: dict[str, Tensor] = {}
+    with one_thread():
+        for slot, chosen in plan:
+            if slot.buffer not in turned:
+                turned[slot.buffer] = owner.current(slot.buffer).detach().to("cpu", torch.float32, copy=True)
+            rows = slot.rows(turned[slot.buffer])
+            generator = seeded_generator(owner.config.seed, "refresh", number, slot.key)
+            picked = entry.get("picked", {}).get(str(slot.layers[0]._uora.index))
+            pool = entry.get("candidates", 0)
+            axes = _unused_axes(owner, slot)
+            rows[chosen] = turned_rows(rows, chosen, entry["interpolation"], generator, pool, picked, axes)
+    return turned
+
+
+def _unused_axes(owner: Projections, slot: Slot) -> Callable[[Tensor, int], Tensor] | None:
+    """Of A under ``growth="inputs"``, where fresh rows come from."""
+    if owner.unused_axes is None or slot.key[0] != "A":
+        return None
+    return functools.partial(owner.unused_axes, slot.buffer)
+
+
+def _write(owner: Projections, turned: dict[str, Tensor]) -> None:
+    for name, values in turned.items():
+        owner.writable(name).copy_(owner.rounded(name, values))
+
+
+# Note [What becomes of d]
+# Turning row i of A by θ moves the direction; of the old contribution d a, the nearest that the new direction
+# can still give is d cos θ (least squares on the sphere), and cos² θ where the column of B turns with it.
+# Keeping d overshoots, starting at zero loses all of it. b at a refreshed row of B is treated likewise.
+
+
+def _settle(
+    plan: list[tuple[Slot, list[int]]], schedule: ReinitSchedule, optimizers: list[Optimizer]
+) -> None:
+    """Scale refreshed entries (Note [What becomes of d]) and clear their first moments."""
+    factor = cosine(schedule.interpolation)
+    touched: dict[tuple[nn.Parameter, str], set[int]] = {}
+    for slot, chosen in plan:
+        for layer in slot.layers:
+            parameter = layer.uora_d if slot.vector == "d" else layer.uora_b
+            touched.setdefault((parameter, slot.key[0] + slot.vector), set()).update(chosen)
+    for (parameter, _), indices in touched.items():
+        where = sorted(indices)
+        if schedule.preserve_function:
+            with edited(parameter) as values:
+                values[where] *= factor
+        if schedule.reset_optimizer_state:
+            for moment in _first_moments(parameter, optimizers):
+                with edited(moment) as values:
+                    values[where] = 0.0
+
+
+def _first_moments(parameter: nn.Parameter, optimizers: list[Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        for key in FIRST_MOMENTS:
+            moment = optimizer.state.get(parameter, {}).get(key)
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                yield moment
+
+
+def _optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    return [getattr(one, "optimizer", one) for one in several]

@@ -1,0 +1,15 @@
+"""What an adapted model holds or an adapter would cost, as numbers, tables and figures."""
+
+from lightning_uora.reports.inspection import inspect_model
+from lightning_uora.reports.meta_models import model_on_meta
+from lightning_uora.reports.report import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
+
+__all__ = [
+    "LayerSummary",
+    "Summary",
+    "inspect_model",
+    "model_on_meta",
+    "plot_refreshes",
+    "plot_vectors",
+    "summarize",
+]

@@ -1,0 +1,230 @@
+"""What an adapter would cost, before anything is downloaded: a model, best on ``meta``, adapted, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from lightning_uora.adapters import (
+    AdaptedModule,
+    attach_uora,
+    factored_flops,
+    merged_flops,
+    named_adapters,
+    projections_of,
+)
+from lightning_uora.config import UORAConfig
+
+__all__ = ["Inspection", "LayerCost", "inspect_model"]
+
+LORA_RANK = 8
+FLOAT16, FLOAT32 = 2, 4
+ADAMW = 16
+"""Bytes that a trained float32 number takes: itself, its gradient, AdamW's two moments."""
+
+
+# Note [What an adapter adds to a training step]
+# Against the frozen model, by the counts of functional.py. Factored: the product A x is kept for backward.
+# Merged: the effective weight and the layer's input are, which a frozen layer would not keep; where layers
+# share an input (q, k and v) it is counted for each. A and B are counted once; refreshes under share="layer"
+# add one copy for each layer, which is given beside.
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One adapted module at a number of tokens: sizes, the form it takes and what that adds to a step."""
+
+    name: str
+    kind: str
+    m: int
+    n: int
+    form: str
+    adapter_params: int
+    lora_params: int
+    extra_flops_per_token: float
+    frozen_flops_per_token: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect_model` found. Bytes are for training with AdamW; A and B have the model's dtype."""
+
+    model: str
+    rank: int
+    tokens: int
+    base_params: int
+    head_params: int
+    layers: tuple[LayerCost, ...]
+    projection_bytes: int
+    own_projection_bytes: int
+    vera_projection_bytes: int
+    stored_projection_bytes: int
+
+    @property
+    def adapter_params(self) -> int:
+        """Trained numbers in d and b; PEFT's VeRA of the same rank trains as many."""
+        return sum(layer.adapter_params for layer in self.layers)
+
+    def totals(self) -> dict[str, int | float]:
+        """Sums over the layers, see Note [What an adapter adds to a training step]."""
+        lora = sum(layer.lora_params for layer in self.layers)
+        frozen = sum(layer.frozen_flops_per_token for layer in self.layers)
+        extra = sum(layer.extra_flops_per_token for layer in self.layers)
+        return {
+            "base_params": self.base_params,
+            "head_params": self.head_params,
+            "adapter_params": self.adapter_params,
+            "vera_params": self.adapter_params,
+            "lora_r8_params": lora,
+            "adapter_bytes": FLOAT32 * self.adapter_params + self.stored_projection_bytes,
+            "vera_bytes": FLOAT32 * self.adapter_params + self.vera_projection_bytes,
+            "lora_r8_bytes": FLOAT32 * lora,
+            "projection_bytes": self.projection_bytes,
+            "own_projection_bytes": self.own_projection_bytes,
+            "training_state_bytes": ADAMW * self.adapter_params,
+            "activation_bytes": sum(layer.activation_bytes for layer in self.layers),
+            "extra_flops_per_token": extra,
+            "extra_flops_fraction": extra / frozen,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        return {
+            "version": 1,
+            "model": self.model,
+            "rank": self.rank,
+            "tokens": self.tokens,
+            "totals": self.totals(),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def table(self) -> Table:
+        """A rich table: layers of one shape in one line, then the totals."""
+        title = f"{self.model}, rank {self.rank}, {self.tokens:,} tokens in a step"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+        table.add_column("layers", no_wrap=True)
+        for column in ("number", "m x n", "form", "trainable", "LoRA r 8", "FLOPs/token"):
+            table.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
+        for (pattern, m, n, form), layers in self._by_pattern().items():
+            table.add_row(pattern, f"{len(layers):,}", f"{m} x {n}", form, *_sums(layers))
+        table.add_section()
+        table.add_row("all", f"{len(self.layers):,}", "", "", *_sums(self.layers))
+        return table
+
+    def lines(self) -> Iterator[str]:
+        """What the table does not say, a sentence each."""
+        t = self.totals()
+        yield (
+            f"trainable: {t['adapter_params']:,} ({t['adapter_params'] / self.base_params:.4%} of "
+            f"{self.base_params:,}), heads {self.head_params:,}; LoRA r 8 {t['lora_r8_params']:,} "
+            f"({t['lora_r8_params'] / t['adapter_params']:.0f} x); VeRA r {self.rank} {t['vera_params']:,}"
+        )
+        yield (
+            f"adapter on disk: {_bytes(t['adapter_bytes'])}; LoRA r 8 {_bytes(t['lora_r8_bytes'])}; VeRA "
+            f"with its projections {_bytes(t['vera_bytes'])}"
+        )
+        yield (
+            f"extra memory in training: A and B {_bytes(t['projection_bytes'])} (own copies by refreshes "
+            f"with share='layer': {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
+            f"{_bytes(t['training_state_bytes'])}, kept for backward {_bytes(t['activation_bytes'])}"
+        )
+        yield f"extra FLOPs: +{t['extra_flops_fraction']:.1%} of what these layers take when frozen"
+
+    def _by_pattern(self) -> dict[tuple[str, int, int, str], list[LayerCost]]:
+        """Layers of one place in every block: their name with ``*`` for the numbers, sizes and form."""
+        groups: dict[tuple[str, int, int, str], list[LayerCost]] = {}
+        for layer in self.layers:
+            pattern = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            groups.setdefault((pattern or "(root)", layer.m, layer.n, layer.form), []).append(layer)
+        return groups
+
+
+def inspect_model(model: nn.Module, config: UORAConfig, tokens: int = 2048, name: str = "") -> Inspection:
+    """Adapt ``model`` and count what the adapter costs. The model stays adapted; give it on ``meta``.
+
+    Args:
+        model: Any module, best made under ``torch.device("meta")``: only shapes are looked at.
+        config: What to adapt and how.
+        tokens: Rows that each layer sees in a training step (batch x sequence length; of a convolution,
+            batch x output positions).
+        name: What to call the model in the report.
+
+    Raises:
+        ValueError: ``tokens`` is below 1, or as :func:`~lightning_uora.attach_uora`.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1.")
+    base_params = sum(p.numel() for p in model.parameters())
+    attach_uora(model, config)
+    adapters = dict(named_adapters(model))
+    layers = tuple(_cost(layer_name, module, tokens) for layer_name, module in adapters.items())
+    buffers = projections_of(model).named_buffers()
+    sizes = {buffer_name: b.numel() * b.element_size() for buffer_name, b in buffers}
+    parts = [part for module in adapters.values() for part in module.adapted_parts]
+    own = [f"B_{layer.m}" for layer in layers]
+    own += [f"A_{n}" for module in adapters.values() for n in {part.n for part in module.adapted_parts}]
+    given = (
+        {n: None for n in own if n[0] == "A"} if config.share == "model" else [n for n in own if n[0] == "A"]
+    )
+    stored = sum(FLOAT16 * config.rank * int(n.split("_")[1]) for n in given)
+    largest = max(part.n for part in parts) + max(layer.m for layer in layers)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Inspection(
+        model=name or type(model).__name__,
+        rank=config.rank,
+        tokens=tokens,
+        base_params=base_params,
+        head_params=trained - sum(layer.adapter_params for layer in layers),
+        layers=layers,
+        projection_bytes=sum(sizes.values()),
+        own_projection_bytes=sum(sizes[buffer_name] for buffer_name in own),
+        vera_projection_bytes=FLOAT32 * config.rank * largest,
+        stored_projection_bytes=stored if config.init == "inputs" else 0,
+    )
+
+
+def _cost(name: str, module: AdaptedModule, tokens: int) -> LayerCost:
+    """See Note [What an adapter adds to a training step]."""
+    rank, form, parts = module.uora_d.numel(), module.form(tokens), module.adapted_parts
+    flops = factored_flops if form == "factored" else merged_flops
+    extra = sum(flops(tokens, part.m, part.n, rank) for part in parts)
+    size = next(p for p in module.parameters(recurse=False) if p.dim() > 1).element_size()
+    kept = sum(tokens * rank if form == "factored" else part.m * part.n + tokens * part.n for part in parts)
+    return LayerCost(
+        name=name,
+        kind=module.original_class.__name__,
+        m=sum(part.m for part in parts),
+        n=parts[0].n,
+        form=form,
+        adapter_params=rank + sum(part.m for part in parts),
+        lora_params=sum(LORA_RANK * (part.m + part.n) for part in parts),
+        extra_flops_per_token=extra / tokens,
+        frozen_flops_per_token=sum(4 * part.m * part.n for part in parts),
+        activation_bytes=size * kept,
+    )
+
+
+def _sums(layers: Sequence[LayerCost]) -> tuple[str, str, str]:
+    return (
+        f"{sum(layer.adapter_params for layer in layers):,}",
+        _short(sum(layer.lora_params for layer in layers)),
+        f"+{_short(sum(layer.extra_flops_per_token for layer in layers))}",
+    )
+
+
+def _short(count: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000 or unit == "T":
+            return f"{count:.0f}" if not unit else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _bytes(count: float) -> str:
+    return f"{_short(count)}B" if count >= 1000 else f"{count:.0f} B"

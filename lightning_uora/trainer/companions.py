@@ -1,0 +1,142 @@
+"""What else a Trainer holds: strategies, precisions and callbacks that adapters go with, or are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch.callbacks
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_uora.adapters import AdaptedModule, is_adapted
+from lightning_uora.trainer.attachment import built_later, is_calibrated
+from lightning_uora.trainer.steps import callbacks_of
+
+__all__ = ["check_companions", "check_pruning"]
+
+AVERAGING: tuple[type[Callback], ...] = tuple(
+    getattr(lightning.pytorch.callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")  # the second since Lightning 2.6
+    if hasattr(lightning.pytorch.callbacks, name)
+)
+
+
+def check_companions(trainer: Trainer, pl_module: LightningModule, own: Any, stage: str) -> None:
+    """Raise ``MisconfigurationException`` for what adapters do not go with; warn of what loses them later.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule, adapted or not yet.
+        own: The callback that attaches the adapters.
+        stage: As in ``Callback.setup``.
+    """
+    _refuse_replacing_precision(trainer)
+    _refuse_flattening_strategy(trainer)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and own.checkpoint == "adapter":
+        _accept_part_of_the_weights(trainer.strategy, pl_module)
+    if stage == "fit":
+        _refuse_finetuning(trainer)
+        calibrates = own.config.init == "inputs" and not is_calibrated(pl_module)
+        _refuse_averaging(trainer, pl_module, own, own.reinit is not None, calibrates)
+        _warn_of_spawned_copies(trainer, pl_module)
+
+
+def _refuse_replacing_precision(trainer: Trainer) -> None:
+    """Precision plugins that replace Linear layers after ``setup`` would drop the adapters without a word."""
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        raise MisconfigurationException(
+            f"{type(plugin).__name__} replaces every Linear layer after the adapters are attached and would "
+            "lose them; use precision='bf16-true' or 'bf16-mixed' with UORACallback."
+        )
+
+
+def _refuse_flattening_strategy(trainer: Trainer) -> None:
+    """Strategies that flatten parameters take the weights away from the modules that read them."""
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} flattens parameters after the adapters are attached: adapted modules "
+            "no longer find their weights, and refreshes not their vectors. Use ModelParallelStrategy, call "
+            "attach_uora and then fully_shard in configure_model; or use strategy='ddp'."
+        )
+
+
+def _warn_of_spawned_copies(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Spawned and forked processes train copies; what comes back is loaded into what has a place for it."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not is_adapted(pl_module):
+        rank_zero_warn(
+            "The processes of this strategy train copies: checkpoints will hold the adapters, but the module "
+            "given to fit gets none. Call attach_uora(module, callback.config) before fit, or use "
+            "strategy='ddp'."
+        )
+
+
+def _accept_part_of_the_weights(strategy: ModelParallelStrategy, pl_module: LightningModule) -> None:
+    """Weights are loaded strictly there, before any hook: see Note [Strategies that load weights first]."""
+    if strategy._save_distributed_checkpoint:
+        raise MisconfigurationException(
+            "checkpoint='adapter' leaves the base out, and folders of shards load whole or not at all; use "
+            "ModelParallelStrategy(save_distributed_checkpoint=False) or UORACallback(checkpoint='full')."
+        )
+    pl_module.strict_loading = False
+
+
+def _refuse_averaging(
+    trainer: Trainer, pl_module: LightningModule, own: Callback, refreshes: bool, calibrates: bool
+) -> None:
+    """Averaging callbacks copy the module in ``setup``, and average vectors whatever they scale.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        own: The callback that attaches the adapters.
+        refreshes: Whether rows of A and B will be replaced.
+        calibrates: Whether A is yet to be found.
+    """
+    callbacks = callbacks_of(trainer)
+    averaging = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
+    if not averaging:
+        return
+    name = type(averaging[0]).__name__
+    if calibrates:
+        raise MisconfigurationException(
+            f"{name} copies the module before A is found; call attach_uora and calibrate before the fit, "
+            "or use another init."
+        )
+    if refreshes:
+        raise MisconfigurationException(
+            f"{name} would average vectors over rows that a refresh replaces; use UORACallback(reinit=None)."
+        )
+    late = built_later(pl_module) and not is_adapted(pl_module)
+    if late or callbacks.index(averaging[0]) < callbacks.index(own):
+        raise MisconfigurationException(
+            f"{name} copies the module before it has adapters; put UORACallback before it, and call "
+            "attach_uora at the end of configure_model if the model is built there."
+        )
+
+
+def _refuse_finetuning(trainer: Trainer) -> None:
+    """``BackboneFinetuning`` freezes the vectors with the backbone, and later trains the frozen base."""
+    if any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(trainer)):
+        raise MisconfigurationException(
+            "BackboneFinetuning would freeze the adapters at first and train the frozen base later; name "
+            "what else is to train by UORACallback(trainable_modules=...) instead."
+        )
+
+
+def check_pruning(trainer: Trainer) -> None:
+    """``ModelPruning`` replaces parameters, which of adapted modules the adapter reads."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelPruning) and any(
+            isinstance(module, AdaptedModule) for module, _ in callback._parameters_to_prune
+        ):
+            raise MisconfigurationException(
+                "ModelPruning would replace parameters of adapted modules; give it parameters_to_prune "
+                "without them, or prune after detach_uora(model, merge=True)."
+            )

@@ -93,7 +93,8 @@ class ReinitSchedule:
     Counted in optimizer steps; in batches under manual optimisation.
 
     Args:
-        every_n_steps: Steps between refreshes; None: four, evenly spread over the window.
+        every_n_steps: Steps between refreshes: at ``start``, ``start + n``, ..., but never at step 0, before
+            anything has trained. None: four, evenly spread over the window.
         threshold: An entry whose score is below it is weak.
         threshold_mode: ``"relative"`` to the layer's mean score, ``"absolute"``, or ``"fraction"``: the
             lowest such share.
@@ -171,11 +172,12 @@ class ReinitSchedule:
         Raises:
             ValueError: ``start`` or ``stop`` is a fraction and the run has no known end.
         """
-        first, last = max(1, self._step("start", total)), self._step("stop", total)
+        first, last = self._step("start", total), self._step("stop", total)
+        if self.every_n_steps is not None:
+            return [step for step in range(first, last + 1, self.every_n_steps) if step > 0]
+        first = max(1, first)
         if last < first:
             return []
-        if self.every_n_steps is not None:
-            return list(range(first, last + 1, self.every_n_steps))
         return sorted({round(first + (last - first) * i / 3) for i in range(4)})
 
     def _step(self, name: str, total: int | None) -> int:

@@ -27,14 +27,14 @@ from lightning_uora import (
 )
 from lightning_uora.cli import main
 from lightning_uora.storage.checkpoint import CheckpointHooks
-from tests.toys import Toy, callback, data, trainer
+from tests.toys import TENSORS_ONLY, Toy, callback, data, trainer
 
 
 def checkpoint(tmp_path, kind: str):
     torch.manual_seed(4)
     base = Toy()
     model = copy.deepcopy(base)
-    schedule = ReinitSchedule(threshold=2.0, start=0.0, stop=1.0, every_n_steps=3)
+    schedule = ReinitSchedule(threshold=2.0, start=1, stop=1.0, every_n_steps=3)
     run = trainer(callback(reinit=schedule, checkpoint=kind))
     run.fit(model, data())
     run.save_checkpoint(tmp_path / f"{kind}.ckpt")
@@ -44,7 +44,7 @@ def checkpoint(tmp_path, kind: str):
 def test_merged_checkpoint_is_read_by_the_plain_class(tmp_path):
     _, model, path = checkpoint(tmp_path, "full")
     assert main(["merge", str(path), str(tmp_path / "plain.ckpt")]) == 0
-    plain = Toy.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    plain = Toy.load_from_checkpoint(tmp_path / "plain.ckpt", **TENSORS_ONLY)
     assert type(plain.body[0]) is nn.Linear
     assert not any("uora" in key for key in plain.state_dict())
     x = torch.randn(5, 6)
@@ -59,7 +59,7 @@ def test_an_adapter_checkpoint_is_merged_through_its_class(tmp_path, capsys):
     torch.manual_seed(4)
     options = ["--class", "tests.toys:Toy"]
     assert main(["merge", str(path), str(tmp_path / "plain.ckpt"), *options]) == 0
-    plain = Toy.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    plain = Toy.load_from_checkpoint(tmp_path / "plain.ckpt", **TENSORS_ONLY)
     x = torch.randn(5, 6)
     torch.testing.assert_close(plain.eval()(x), model.eval()(x))
 
@@ -212,6 +212,6 @@ def test_every_kind_of_layer_is_merged_as_detaching_would(tmp_path, inner: bool,
     merged = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
     assert list(merged) == list(module.state_dict())
     assert all(torch.equal(merged[k], v) for k, v in module.state_dict().items())
-    plain = Zoo.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True).to(dtype)
+    plain = Zoo.load_from_checkpoint(tmp_path / "plain.ckpt", **TENSORS_ONLY).to(dtype)
     x = torch.randn(1, 3, 8, 8, dtype=dtype)
     assert torch.equal(plain(x), module(x))

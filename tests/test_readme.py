@@ -124,9 +124,11 @@ def test_the_inspect_commands_run(small, tmp_path, capsys):
         assert main(shlex.split(command)[1:]) == 0, command
 
 
-def test_the_tree_names_every_module_and_every_link_leads_somewhere():
+def test_the_tree_names_every_room_and_every_link_leads_somewhere():
     root = Path(__file__).parent.parent
-    for path in (root / "lightning_uora").glob("[a-z]*.py"):
-        assert path.name in README, path.name
+    tree = README.partition("## Tree")[2]
+    for path in (root / "lightning_uora").glob("[a-z]*"):
+        if path.suffix == ".py" or path.is_dir():
+            assert f"\n  {path.name}{'/' if path.is_dir() else ''} " in tree, path.name
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (root / target).exists(), target

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
@@ -19,10 +19,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 
 from lightning_uora import ReinitSchedule, attach_uora, named_adapters, param_groups
-from tests.toys import BuiltInConfigureModel, Toy, callback, data, trainer
+from tests.toys import BuiltInConfigureModel, Toy, callback, data, needs_weight_averaging, trainer
 
 AVERAGING = [
-    lambda: EMAWeightAveraging(decay=0.5),
+    pytest.param(lambda: callbacks.EMAWeightAveraging(decay=0.5), marks=needs_weight_averaging),
     lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
 ]
 
@@ -55,9 +55,10 @@ def test_averaging_is_refused_where_it_would_be_wrong(make):
         trainer(callback(), make()).fit(BuiltInConfigureModel(), data())
 
 
-def test_averaging_before_this_callback_is_refused():
+@pytest.mark.parametrize("make", AVERAGING)
+def test_averaging_before_this_callback_is_refused(make):
     with pytest.raises(MisconfigurationException, match="put UORACallback before it"):
-        trainer(EMAWeightAveraging(decay=0.5), callback()).fit(Toy(), data())
+        trainer(make(), callback()).fit(Toy(), data())
 
 
 class Tunable(Toy):
@@ -93,7 +94,7 @@ def test_finders_leave_the_adapters_as_they_found_them(tmp_path, kind: str, tune
     run = trainer(callback(reinit=schedule, checkpoint=kind), max_epochs=1)
     run.fit(model)
     assert model.body[0].uora_b.abs().max() > 0
-    assert model.uora_projections.record[0]["step"] == 1
+    assert model.uora_projections.record[0]["step"] == 3
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

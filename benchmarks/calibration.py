@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from training import fit, now, pretrain
 
 from lightning_uora import UORAConfig, attach_uora, calibrate, named_adapters
-from lightning_uora.adapters.projections import projections_of
+from lightning_uora.adapters import projections_of
 from lightning_uora.inputs.moments import ExactMoment, SketchedMoment, sketch_size
 from lightning_uora.inputs.observer import Observer
 from lightning_uora.inputs.passes import Watch
@@ -73,13 +73,6 @@ def shapes(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], Any, Callabl
     }
 
 
-def synchronised() -> float:
-    """The time, when the accelerator is idle."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def held(model: nn.Module, batch: Tensor, forward: Callable[[Tensor], Tensor]) -> int:
     """Bytes that the moments of a calibration hold at most, as one batch shows."""
     watch = Watch(model, projections_of(model).config.rank, off=True)
@@ -105,20 +98,15 @@ def cost(quick: bool, device: str) -> None:
                     model.eval()(batches[0])
                 plain = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-            start = synchronised()
+            start = now()
             calibrate(model, batches, forward)
-            seconds = synchronised() - start
+            seconds = now() - start
             if device == "cuda":
                 above = torch.cuda.max_memory_allocated() - plain
                 peak = f", peak {above / 2**20:.1f} MiB above a forward's"
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-            steps = []
-            for _ in range(2 if quick else 4):
-                start = synchronised()
-                loss(model.train(), batches[0]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                steps.append(synchronised() - start)
+            model.train()
+            steps = fit(forward, batches[:1] * (2 if quick else 4), optimizer)
             step = statistics.median(steps[1:])
             layers = list(named_adapters(model))
             A = sum(rank * part.n * 4 for _, module in layers for part in module.adapted_parts)
@@ -138,13 +126,7 @@ def trained_wide_vit(epochs: int) -> nn.Module:
         timm.models.VisionTransformer(**sizes, mlp_ratio=2.0, num_classes=5),
         digits(range(5), False),
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(data)).split(64):
-            x, y = (t[batch] for t in data.tensors)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    pretrain(model, data, lr=5e-4, epochs=epochs)
     return model
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import peft
 import torch
 from quality_tasks import Task
-from torch import nn
+from torch import Tensor, nn
+from training import fit
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, calibrate
-from lightning_uora.inputs.calibration import inputs_observed
-from lightning_uora.reinit.schedule import Refresher
+from lightning_uora.inputs import inputs_observed
+from lightning_uora.reinit import Refresher
 
 POLICIES: dict[str, ReinitSchedule | None] = {
     "off": None,
@@ -106,17 +107,19 @@ def train(method: Method, task: Task, lr: float, seed: int) -> tuple[nn.Module, 
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
     schedule = POLICIES[method.refresh]
     refresher = Refresher(schedule, schedule.due_steps(task.steps)) if schedule else None
-    model.train()
-    for step, index in enumerate(task.order, 1):
+
+    def before(step: int, index: Tensor) -> None:
         if refresher is not None:
-            refresher.before_step(model, step - 1)
-        optimizer.zero_grad()
-        task.loss(model, index).backward()
-        optimizer.step()
+            refresher.before_step(model, step)
+
+    def after(step: int, index: Tensor) -> None:
         decay.step()
         if refresher is not None:
             looks = refresher.schedule.growth == "inputs" and refresher.is_due(step)
             run = lambda index: task.run(model, index)  # noqa: E731
             with inputs_observed(model, [index], run) if looks else nullcontext():
                 refresher.after_step(model, [optimizer], step)
+
+    model.train()
+    fit(lambda index: task.loss(model, index), task.order, optimizer, before, after)
     return model, sum(p.numel() for p in trained), time.perf_counter() - start

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from intervals import Interval, paired, standard_error
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-from quality import Results, Run, read, search
-from scipy.stats import t as student
+from runs import Results, Run, read, search
 
 Row = tuple[str, int, str]
 NAMES = {
@@ -29,18 +29,6 @@ NAMES = {
 }
 DEFAULT = "lambda-0.2"
 MARKS = {"head": "x", "full": "*", "lora": "s", "vera": "v", "uora": "o", "uora+inputs": "D"}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean of paired differences, half the width of its 95 % interval, and how many pairs."""
-
-    mean: float
-    half: float
-    pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}"
 
 
 @dataclass(frozen=True)
@@ -58,17 +46,12 @@ class Table:
     def difference(self, task: str, one: Row, other: Row, validation: bool = False) -> Interval | None:
         """``one`` less ``other``, over the seeds that both have; None for fewer than three."""
         scores = (self.validation if validation else self.scores)[task]
-        a, b = scores.get(one, {}), scores.get(other, {})
-        paired = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-        if len(paired) < 3:
-            return None
-        half = student.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
-        return Interval(statistics.mean(paired), float(half), len(paired))
+        return paired(scores.get(one, {}), scores.get(other, {}))
 
 
 def tabulate(path: Path) -> Table:
     """The chosen runs of the table of all runs."""
-    done: Results = read(path)
+    done: Results[Run] = read(path, Run)
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     hours = sum(float(row["seconds"]) for row in rows) / 3600
@@ -98,7 +81,7 @@ def scores(table: Table, task: str) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for row, values in sorted(table.scores[task].items(), key=lambda item: _place(item[0])):
         method, rank, refresh = row
-        mean, error = statistics.mean(values.values()), _error(list(values.values()))
+        mean, error = statistics.mean(values.values()), standard_error(values.values())
         against = table.difference(task, row, ("lora", 8, "off")) if row != ("lora", 8, "off") else None
         yield (
             f"| {NAMES[method]} | {rank or ''} | {refresh} | {table.rates[task, row]:g} | "
@@ -109,10 +92,6 @@ def scores(table: Table, task: str) -> Iterator[str]:
 
 def _place(row: Row) -> tuple[int, int, str]:
     return list(NAMES).index(row[0]), row[1], "" if row[2] == "off" else row[2]
-
-
-def _error(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def goals(table: Table) -> Iterator[str]:
@@ -221,7 +200,7 @@ def draw(table: Table) -> Figure:
             if not rows:
                 continue
             y = [statistics.mean(methods[row].values()) for row in rows]
-            error = [_error(list(methods[row].values())) for row in rows]
+            error = [standard_error(methods[row].values()) for row in rows]
             label = NAMES[method].replace("`", "")
             if method in ("head", "full"):
                 colour = "black" if method == "full" else "grey"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from training import pretrain
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -124,13 +125,7 @@ def _pretrained_vit(seed: int, quick: bool) -> nn.Module:
         return model
     torch.manual_seed(seed)
     model, data = small_vit(), digits(range(5), moved=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(1 if quick else 25):
-        for batch in torch.randperm(len(data)).split(64):
-            x, y = (t[batch] for t in data.tensors)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    pretrain(model, data, lr=1e-3, epochs=1 if quick else 25)
     _keep(model.state_dict(), kept)
     return model
 

@@ -10,59 +10,60 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from training import fit, now
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, refresh
-from lightning_uora.reinit.schedule import Refresher
+from lightning_uora.reinit import Refresher
 
 
 def cost(quick: bool) -> None:
     """A refresh of a quarter of the rows of ViT-B at rank 1024, the steps between refreshes, and memory."""
     torch.set_num_threads(1)
     size, rounds = ("vit_tiny_patch16_224", 1) if quick else ("vit_base_patch16_224", 3)
-    x, y = torch.randn(4, 3, 224, 224), torch.randint(0, 10, (4,))
-    quarter = ReinitSchedule(threshold=0.25, threshold_mode="fraction")
     for share in ("model", "layer"):
         model = timm.create_model(size, num_classes=10)
         attach_uora(model, UORAConfig(rank=1024, target_modules="qkv", share=share))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        watched = Refresher(ReinitSchedule(start=10**6, stop=10**6), [10**6])
-        steps: dict[str, list[float]] = {"plain": [], "watched": []}
-        for turn in range(2 * rounds + 2):
-            kind = "plain" if turn % 2 else "watched"
-            start = time.perf_counter()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if kind == "watched":
-                watched.before_step(model, turn)
-                watched.after_step(model, [optimizer], turn)
-            if turn > 1:
-                steps[kind].append(time.perf_counter() - start)
-        held = sum(b.numel() * b.element_size() for b in model.uora_projections.buffers())
-        with torch.no_grad():
-            for _, module in named_adapters(model):
-                module.uora_d.copy_(torch.rand(1024))
-        start = time.perf_counter()
-        rows = refresh(model, quarter, optimizer)
-        seconds = time.perf_counter() - start
-        after = sum(b.numel() * b.element_size() for b in model.uora_projections.buffers())
-        start = time.perf_counter()
-        nn.functional.cross_entropy(model(x), y).backward()
-        later = time.perf_counter() - start
-        plain = statistics.median(steps["plain"])
-        print(
-            f"{size}, rank 1024, share={share}: refresh of {sum(map(len, rows.values())):,} rows and columns "
-            f"{seconds:.2f} s = {seconds / plain:.2f} training steps of batch 4; step with the schedule "
-            "watching "
-            f"{statistics.median(steps['watched']) / plain:.3f} x; a step after the refresh "
-            f"{later / plain:.2f} x; "
-            f"A and B {held / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after"
-        )
+        print(f"{size}, rank 1024, share={share}: {_cost(model, rounds)}", flush=True)
+
+
+def _cost(model: nn.Module, rounds: int) -> str:
+    x, y = torch.randn(4, 3, 224, 224), torch.randint(0, 10, (4,))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    watch = Refresher(ReinitSchedule(start=10**6, stop=10**6), [10**6])
+
+    def loss(x: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    def before(step: int, x: Tensor) -> None:
+        watch.before_step(model, step)
+
+    def after(step: int, x: Tensor) -> None:
+        watch.after_step(model, [optimizer], step)
+
+    watched, plain = [], []
+    for _ in range(rounds + 1):
+        watched += fit(loss, [x], optimizer, before, after)
+        plain += fit(loss, [x], optimizer)
+    watching, step = statistics.median(watched[1:]), statistics.median(plain[1:])
+    held = sum(b.nbytes for b in model.uora_projections.buffers())
+    with torch.no_grad():
+        for _, module in named_adapters(model):
+            module.uora_d.copy_(torch.rand(1024))
+    start = now()
+    rows = refresh(model, ReinitSchedule(threshold=0.25, threshold_mode="fraction"), optimizer)
+    seconds = now() - start
+    grown = sum(b.nbytes for b in model.uora_projections.buffers())
+    (later,) = fit(loss, [x], optimizer)
+    return (
+        f"refresh of {sum(map(len, rows.values())):,} rows and columns {seconds:.2f} s = "
+        f"{seconds / step:.2f} training steps of batch 4; step with the schedule watching "
+        f"{watching / step:.3f} x; a step after the refresh {later / step:.2f} x; "
+        f"A and B {held / 2**20:.0f} MiB before, {grown / 2**20:.0f} MiB after"
+    )
 
 
 def main() -> None:

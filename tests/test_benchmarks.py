@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib
 import math
@@ -29,83 +30,89 @@ def quality(monkeypatch):
 
 
 @pytest.fixture
+def runs(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("runs")
+
+
+@pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def done_by(quality, rates: dict[float, float], seeds=range(4)) -> dict:
+def done_by(runs, rates: dict[float, float], seeds=range(4)) -> dict:
     """Validation scores of LoRA r 8 by learning rate, a point apart over the seeds."""
     return {
-        quality.Run("digits", "lora", 8, "off", lr, seed): {"val": score + seed, "test": 0.0}
+        runs.Run("digits", "lora", 8, "off", lr, seed): {"val": score + seed, "test": 0.0}
         for lr, score in rates.items()
         for seed in seeds
     }
 
 
-def test_the_search_asks_for_the_neighbours_of_its_start(quality):
-    lr, needed = quality.search("digits", ("lora", 8, "off"), {})
+def test_the_search_asks_for_the_neighbours_of_its_start(runs):
+    lr, needed = runs.search("digits", ("lora", 8, "off"), {})
     assert lr is None
     assert {run.lr for run in needed} == {1e-3, 3e-3, 1e-2}
     assert {run.seed for run in needed} == {0, 1, 2, 3}
 
 
-def test_the_search_walks_to_the_best_rate_and_stops_there(quality):
+def test_the_search_walks_to_the_best_rate_and_stops_there(runs):
     rates = {1e-3: 50.0, 3e-3: 60.0, 1e-2: 70.0}
-    lr, needed = quality.search("digits", ("lora", 8, "off"), done_by(quality, rates))
+    lr, needed = runs.search("digits", ("lora", 8, "off"), done_by(runs, rates))
     assert lr is None
     assert {run.lr for run in needed} == {3e-2}
-    lr, needed = quality.search("digits", ("lora", 8, "off"), done_by(quality, rates | {3e-2: 69.0}))
+    lr, needed = runs.search("digits", ("lora", 8, "off"), done_by(runs, rates | {3e-2: 69.0}))
     assert (lr, needed) == (1e-2, [])
 
 
-def test_the_search_ends_at_the_edge_of_the_grid(quality):
-    rates = dict(zip(quality.GRID, range(50, 58), strict=True))
-    assert quality.search("digits", ("lora", 8, "off"), done_by(quality, rates)) == (0.3, [])
+def test_the_search_ends_at_the_edge_of_the_grid(runs):
+    rates = dict(zip(runs.GRID, range(50, 58), strict=True))
+    assert runs.search("digits", ("lora", 8, "off"), done_by(runs, rates)) == (0.3, [])
 
 
-def test_refreshes_take_the_rate_that_was_chosen_without_them(quality):
+def test_refreshes_take_the_rate_that_was_chosen_without_them(quality, runs):
     done = {
-        quality.Run("digits", "uora", 16, "off", lr, seed): {"val": value, "test": 0.0}
+        runs.Run("digits", "uora", 16, "off", lr, seed): {"val": value, "test": 0.0}
         for lr, value in ((1e-2, 1.0), (3e-2, 2.0), (1e-1, 0.0))
         for seed in range(4)
     }
-    assert quality.search("digits", ("uora", 16, "relative-0.5"), done)[0] == 3e-2
+    assert runs.search("digits", ("uora", 16, "relative-0.5"), done)[0] == 3e-2
     wanted = list(quality.wanted(["digits"], [("uora", 16, "relative-0.5")], 3, done))
     assert [(run.refresh, run.lr, run.seed) for run in wanted] == [
         ("relative-0.5", 3e-2, s) for s in range(3)
     ]
 
 
-def test_a_run_that_is_in_the_table_is_not_made_again(quality, tmp_path):
+def test_a_run_that_is_in_the_table_is_not_made_again(quality, runs, tmp_path):
     rates = {1e-3: 50.0, 3e-3: 60.0, 1e-2: 55.0}
-    done = done_by(quality, rates)
+    done = done_by(runs, rates)
     for run, found in done.items():
         row = {**run.__dict__, "metric": "accuracy", "adapter_params": 7, "seconds": 1.0}
         rows = [{**row, "split": split, "value": value} for split, value in found.items()]
-        quality.append(tmp_path / "quality.csv", rows)
-    assert quality.read(tmp_path / "quality.csv") == done
+        runs.append(tmp_path / "quality.csv", rows)
+    assert runs.read(tmp_path / "quality.csv", runs.Run) == done
     left = list(quality.wanted(["digits"], [("lora", 8, "off")], 5, done))
-    assert left == [quality.Run("digits", "lora", 8, "off", 3e-3, 4)]
+    assert left == [runs.Run("digits", "lora", 8, "off", 3e-3, 4)]
 
 
-def table_of(quality, path: Path, tests: dict[tuple[str, int, str], list[float]]) -> None:
+def table_of(runs, path: Path, tests: dict[tuple[str, int, str], list[float]]) -> None:
     """A table in which every method's middle rate is the best, and test scores are those given."""
     for (method, rank, refresh), values in tests.items():
-        start = quality.STARTS[method]
+        start = runs.STARTS[method]
         for step, bonus in ((-1, 0.0), (0, 5.0), (1, 0.0)):
             for seed, value in enumerate(values):
                 if refresh != "off" and step:
                     continue
                 row = {"task": "digits", "method": method, "rank": rank, "refresh": refresh, "seed": seed}
-                row |= {"lr": quality.GRID[start + step], "metric": "accuracy", "seconds": 2}
+                row |= {"lr": runs.GRID[start + step], "metric": "accuracy", "seconds": 2}
                 row |= {"adapter_params": 100 * (rank or 1)}
                 scores = {"val": 50.0 + bonus + (refresh != "off"), "test": value if step == 0 else 99.0}
-                quality.append(path, [{**row, "split": s, "value": v} for s, v in scores.items()])
+                runs.append(path, [{**row, "split": s, "value": v} for s, v in scores.items()])
 
 
-def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(quality, tmp_path):
+def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(quality, runs, tmp_path):
     report = importlib.import_module("quality_report")
     ours, theirs = [90.0, 91.0, 95.0, 93.0], [88.0, 90.0, 91.0, 92.0]
     scores = {("uora+inputs", 4, "off"): ours, ("vera", 16, "off"): theirs, ("lora", 8, "off"): theirs}
@@ -115,7 +122,7 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
         ("uora", 1, "off"): ours,
         ("uora", 1, "lambda-0.2"): [92, 91, 101, 93],
     }
-    table_of(quality, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
+    table_of(runs, tmp_path / "quality.csv", scores | {("uora+inputs", 4, "relative-0.5"): ours})
     table = report.tabulate(tmp_path / "quality.csv")
     assert table.scores["digits"]["uora+inputs", 4, "off"] == dict(enumerate(ours))
     found = table.difference("digits", ("uora+inputs", 4, "off"), ("vera", 16, "off"))
@@ -137,21 +144,21 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     assert "## digits" in (tmp_path / "quality.md").read_text()
 
 
-def test_the_measured_table_in_the_repository_is_whole(quality):
+def test_the_measured_table_in_the_repository_is_whole(quality, runs):
     """Every run has its two rows, none is there twice, and the command has nothing left to do."""
     with (FOLDER / "results/quality.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    keys = [tuple(row[c] for c in (*quality.COLUMNS[:6], "split")) for row in rows]
+    keys = [tuple(row[c] for c in (*runs.COLUMNS[:6], "split")) for row in rows]
     assert len(set(keys)) == len(keys)
-    done = quality.read(FOLDER / "results/quality.csv")
+    done = runs.read(FOLDER / "results/quality.csv", runs.Run)
     assert {len(found) for found in done.values()} == {2}
     for run in (run for run in done if run.task == "docstrings" and run.method in ("head", "full")):
         assert done[replace(run, task="docstrings-all")] == done[run]  # nothing there depends on the adapters
-    assert not list(quality.wanted(quality.ALL_TASKS, quality.methods(("lambda-0.2",)), quality.SEEDS, done))
+    assert not list(quality.wanted(runs.ALL_TASKS, quality.methods(("lambda-0.2",)), runs.SEEDS, done))
 
 
 def test_quality_benchmark_runs_every_method_in_a_small_form(
-    monkeypatch, tmp_path, capsys, quality, one_thread
+    quality, monkeypatch, tmp_path, capsys, one_thread
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["quality.py", "--quick", "--tasks", "digits"])
@@ -204,6 +211,48 @@ def test_step_time_report_says_where_the_automatic_choice_is_worst(monkeypatch, 
     for row in rows:
         row |= {"ms": "1", "low": "0.5"}
     report.draw(rows).savefig(tmp_path / "parts_that_are_missing_are_left_out.png")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of the modules that a file imports anywhere, in its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_no_file_of_the_benchmarks_is_imported_by_what_it_imports():
+    files = {path.stem: path for path in FOLDER.glob("*.py")}
+    below = {name: imports_of(path) & files.keys() for name, path in files.items()}
+    assert below["quality"] >= {"runs", "quality_report"}
+    while lowest := {name for name, needed in below.items() if not needed}:
+        below = {name: needed - lowest for name, needed in below.items() if name not in lowest}
+    assert not below, f"a circle among {sorted(below)}"
+
+
+def test_the_loop_calls_before_and_after_each_step_and_times_all_of_it(monkeypatch):
+    """Two steps of plain gradient descent on w * x; w falls by 0.1 x in each."""
+    monkeypatch.syspath_prepend(FOLDER)
+    training = importlib.import_module("training")
+    w, seen = nn.Parameter(torch.tensor(1.0)), []
+    seconds = training.fit(
+        lambda x: w * x,
+        [3.0, 5.0],
+        torch.optim.SGD([w], lr=0.1),
+        lambda step, x: seen.append(("before", step, x, round(w.item(), 6))),
+        lambda step, x: seen.append(("after", step, x, round(w.item(), 6))),
+    )
+    assert seen == [
+        ("before", 0, 3.0, 1.0),
+        ("after", 1, 3.0, 0.7),
+        ("before", 1, 5.0, 0.7),
+        ("after", 2, 5.0, 0.2),
+    ]
+    assert len(seconds) == 2
+    assert min(seconds) > 0
 
 
 def test_the_policy_that_the_table_calls_the_default_is_it(monkeypatch):

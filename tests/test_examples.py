@@ -231,6 +231,7 @@ def test_every_glue_task_has_the_metric_that_glue_reports(monkeypatch, task, gue
 
 def test_refresh_benchmark_runs_in_a_small_form(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["refresh.py", "--quick"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     threads = torch.get_num_threads()
     runpy.run_path(str(ROOT / "benchmarks/refresh.py"), run_name="__main__")
     torch.set_num_threads(threads)
@@ -243,6 +244,7 @@ def test_refresh_benchmark_runs_in_a_small_form(monkeypatch, capsys):
 )
 def test_calibration_benchmark_runs_in_a_small_form(monkeypatch, capsys, what: str, sign: str, count: int):
     monkeypatch.setattr(sys, "argv", ["calibration.py", what, "--quick"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     threads = torch.get_num_threads()
     runpy.run_path(str(ROOT / "benchmarks/calibration.py"), run_name="__main__")
     torch.set_num_threads(threads)

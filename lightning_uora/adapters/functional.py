@@ -58,8 +58,10 @@ class _AddDelta(torch.autograd.Function):
         with torch.autocast(W.device.type, enabled=False):
             P = B.to(dtype) @ (d[:, None] * A).to(dtype)
             wide = torch.promote_types(W.dtype, b.dtype)
-            W2 = W.reshape(b.numel(), -1).to(wide)
-            return torch.addcmul(W2, b[:, None].to(wide), P.to(wide)).to(W.dtype).reshape(W.shape)
+            rows = b.to(wide).reshape(-1, *[1] * (W.dim() - 1))
+            out = torch.addcmul(W.to(wide), rows, P.to(wide).reshape(W.shape)).to(W.dtype)
+            # W's memory format decides the kernel of a convolution, and the layout of what it returns
+            return out if out.stride() == W.stride() else torch.empty_like(W).copy_(out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,7 +89,7 @@ def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     Shape:
         - ``W``: (m, n), or (m, ...) with the trailing axes multiplying to n; ``A``: (r, n); ``B``: (m, r);
           ``d``: (r,); ``b``: (m,).
-        - Returns the shape and dtype of ``W``.
+        - Returns the shape, dtype and memory format of ``W``.
 
     Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
     """
@@ -198,7 +200,7 @@ def factored_linear(
     """A linear layer plus its adapter: ``x W^T + bias + b * (B (d * (A x)))``, differentiable but in A and B.
 
     Saves ``A x`` for backward and neither the (T, m) product nor x (x where W trains). With ``b = 0`` the
-    result equals the layer's own exactly.
+    result equals the layer's own exactly (where W wants a gradient as much there as here).
 
     Args:
         x: The layer's input.

@@ -196,8 +196,8 @@ class Projections(nn.Module):
 
     def _meta(self, name: str, dtype: torch.dtype) -> Tensor:
         side, size = name.split("_")
-        shape = (self.config.rank, int(size)) if side == "A" else (int(size), self.config.rank)
-        return torch.empty(shape, device="meta", dtype=dtype)
+        empty = torch.empty(self.config.rank, int(size), device="meta", dtype=dtype)
+        return empty if side == "A" else empty.t()  # laid out as the draw: products keep their bits
 
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Projections:

@@ -30,12 +30,20 @@ __all__ = [
 ]
 
 
+# Note [Equal bits]
+# On some processors torch computes a layer differently in the last bits when its weight wants a gradient, in
+# no_grad too (a plain nn.TransformerEncoderLayer differs from itself after requires_grad_(False)). A fresh
+# adapter equals the base in the same grad mode and with the same requires_grad of its weights: without a
+# graph, and in the factored form, the frozen base; where a graph goes through a merged weight, the base whose
+# weight wants a gradient.
+
+
 def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     """Adapt ``model`` in place and freeze the rest.
 
-    Promises: a fresh adapter leaves every output bit-equal; module objects, parameters, their names and hooks
-    stay; nothing of the base is copied; the global random state is not touched; after an error the model is
-    as it was.
+    Promises: a fresh adapter leaves every output bit-equal, see Note [Equal bits]; module objects,
+    parameters, their names and hooks stay; nothing of the base is copied; the global random state is not
+    touched; after an error the model is as it was.
 
     Args:
         model: Any module, not adapted yet. May be on ``meta``: A and B are then drawn when it gets storage.
@@ -171,7 +179,8 @@ def param_groups(
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """The frozen base's weights inside the ``with``: adapted modules compute as if they had no adapter.
 
-    Re-entrant; restored after exceptions. Heads and biases that were trained stay trained.
+    Bit-equal to the base whose weights want no gradient either, see Note [Equal bits]. Re-entrant;
+    restored after exceptions. Heads and biases that were trained stay trained.
 
     Raises:
         ValueError: The model is not adapted.

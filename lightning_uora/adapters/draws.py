@@ -1,4 +1,4 @@
-"""The random draws of A and B: from a generator of their own, on the CPU, the same everywhere."""
+"""Random draws of A and B: from their own generator, on the CPU, the same everywhere within rounding."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def _new(cls: type[nn.Module], names: tuple[str, ...], *args: Any) -> AdaptedMod
 def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModule:
     """Adapt ``module`` in place: two new parameters, and the class that reads through them.
 
-    A fresh adapter has b = 0, so the module computes exactly what it did.
+    A fresh adapter has b = 0, so the module computes exactly what it did, between equal grad modes and equal
+    ``requires_grad`` of the weight it reads.
     """
     parts = named_parts(module)
     adapter = Adapter(owner, parts, index)

@@ -22,6 +22,7 @@ from lightning_uora import (
     refresh,
     summarize,
 )
+from tests import reference
 
 
 def vit() -> nn.Module:
@@ -97,14 +98,19 @@ def test_merge_leaves_the_effective_weight():
 
 
 def test_merge_of_half_weights_is_computed_in_float32():
+    """And rounded once: the nearest bfloat16 but where float32 sums in another order may round otherwise."""
     model = nn.Sequential(nn.Linear(64, 48)).bfloat16()
     attach_uora(model, UORAConfig(rank=32, target_modules="all"))
     nn.init.normal_(model[0].uora_b)
     owner, W = model.uora_projections, model[0]._parameters["weight"]
     d, b = model[0].uora_d, model[0].uora_b
-    exact = W.float() + (b[:, None] * owner.up(48).float() * d) @ owner.down(64).float()
+    exact = reference.effective_weight(W, owner.down(64), owner.up(48), d, b)
+    absolute = (t.detach().abs() for t in (W, owner.down(64), owner.up(48), d, b))
+    room = 2e-6 * reference.effective_weight(*absolute)  # of 35 roundings
+    low, high = (exact - room).bfloat16(), (exact + room).bfloat16()
+    assert (low == high).float().mean() > 0.97
     detach_uora(model, merge=True)
-    assert torch.equal(model[0].weight, exact.bfloat16())
+    assert ((low <= model[0].weight) & (model[0].weight <= high)).all()
 
 
 def test_a_merge_that_is_not_finite_changes_nothing():

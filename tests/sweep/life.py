@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_uora import UORAConfig, adapters_disabled, attach_uora, detach_uora, named_adapters
+from lightning_uora.adapters.kinds import named_parts
 
 RANK = 4
 Run = Callable[[nn.Module], Any]
@@ -137,11 +138,13 @@ def nudged_outputs(model: nn.Module, run: Run) -> list[Tensor]:
 
 @contextmanager
 def wanting_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the named modules' own parameters want gradients and no others."""
+    """Inside, the weights that an adapter of the named modules changes want gradients and no others."""
     before = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     for name in names:
-        model.get_submodule(name).requires_grad_(True)
+        module = model.get_submodule(name)
+        for part in named_parts(module):
+            module.get_parameter(part).requires_grad_(True)
     try:
         yield
     finally:

@@ -70,6 +70,7 @@ class Watches(Callback):
 def killed(folder: Path, steps: int, kind: str, after: int) -> None:
     """A run in a process of its own, killed by the system after it has saved step ``after``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as many as the run that it is compared to
     command = [sys.executable, "-m", "tests.soaking", str(folder), str(steps), kind]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not any(step_of(p) >= after for p in folder.glob("*.ckpt")):

@@ -39,7 +39,7 @@ from tests.toys import Toy, trainer
 
 RANK = 3  # odd, so that two ranks hold shards of unequal size
 BATCH = 8  # of all ranks together
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=180)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "ema": {"criterion": "ema"},

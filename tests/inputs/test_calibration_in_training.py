@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import logging
+import socket
 
 import pytest
 import torch
@@ -404,10 +405,10 @@ def test_a_finder_that_trains_before_calibration_says_so(tmp_path):
         Tuner(run).lr_find(made(Rated), data(), num_training=3)
 
 
-def _rank_trains(rank: int, path: str) -> None:
+def _rank_trains(rank: int, path: str, port: int) -> None:
     import os
 
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29617", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "RANK": str(rank)}
     model, uora = made(), growing()
     options = {"strategy": "ddp", "num_nodes": 2, "devices": 1, "max_epochs": 1}
@@ -417,7 +418,9 @@ def _rank_trains(rank: int, path: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_under_ddp_train_the_same_model(tmp_path):
-    torch.multiprocessing.spawn(_rank_trains, (str(tmp_path),), nprocs=2)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank_trains, (str(tmp_path), port), nprocs=2)
     (one, refreshes), (two, other) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
     )

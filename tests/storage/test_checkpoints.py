@@ -124,7 +124,9 @@ def test_a_checkpoint_of_the_plain_model_loads_into_the_adapted_one(tmp_path, ki
     model = made()
     trainer(uora(kind)).test(model, data(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
     x = torch.randn(5, 6)
-    assert torch.equal(model.eval()(x), plain.eval()(x))
+    plain.requires_grad_(False)
+    with torch.no_grad():  # and frozen: only then are kernels sure to be the same
+        assert torch.equal(model.eval()(x), plain.eval()(x))
     assert len(list(named_adapters(model))) == 2
 
 

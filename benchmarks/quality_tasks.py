@@ -8,8 +8,11 @@ one epoch, and kept apart.
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -187,7 +190,10 @@ class Manual(Task):
     length = 64
 
     def __init__(self, seed: int, quick: bool = False) -> None:
-        self.base, tokenizer = load("", "gpt2", _kept(quick), epochs=1 if quick else 5)
+        with _locked(
+            _kept(quick)
+        ) as folder:  # else every process that comes before it is kept would pretrain
+            self.base, tokenizer = load("", "gpt2", folder, epochs=1 if quick else 5)
         self.ids = _rows_of_tokens(tokenizer, "\n".join(topics.values()), self.length)
         super().__init__(seed, len(self.ids), quick)
         self.names = self.adapted("c_attn", "c_fc", "c_proj")
@@ -209,6 +215,15 @@ class Manual(Task):
 def _rows_of_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
     ids = torch.tensor(tokenizer.encode(text))
     return ids[: len(ids) // length * length].reshape(-1, length)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """The folder, for one process at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield folder
 
 
 def _keep(value: Any, path: Path) -> None:

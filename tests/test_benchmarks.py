@@ -36,6 +36,12 @@ def runs(monkeypatch):
 
 
 @pytest.fixture
+def line_runs(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("one_line_runs")
+
+
+@pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
     yield
@@ -258,3 +264,157 @@ def test_the_loop_calls_before_and_after_each_step_and_times_all_of_it(monkeypat
 def test_the_policy_that_the_table_calls_the_default_is_it(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     assert importlib.import_module("quality_methods").POLICIES["lambda-0.2"] == ReinitSchedule()
+
+
+def test_the_rates_of_groups_by_hand_are_finer_and_those_of_lora_end_at_3e_2(line_runs):
+    assert line_runs.GRIDS["groups"] == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1)
+    assert line_runs.GRIDS["lora-own"] == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def test_only_methods_with_a_rate_of_their_own_search_for_it(line_runs):
+    line = (2e-5, "cosine")
+    assert line_runs.rate("digits", "line", line, {}) == (2e-5, [])
+    lr, needed = line_runs.rate("digits", "groups", line, {})
+    assert lr is None
+    assert {(run.lr, run.base_lr, run.schedule) for run in needed} == {
+        (own, *line) for own in (2e-2, 3e-2, 5e-2)
+    }
+    at = {own: line_runs.run_at("digits", "groups", line, 0, own) for own in (2e-2, 3e-2, 5e-2, 1e-1)}
+    values = {2e-2: 50.0, 3e-2: 60.0, 5e-2: 70.0, 1e-1: 65.0}
+    done = {replace(at[lr], seed=seed): {"val": values[lr]} for lr in at for seed in range(4)}
+    assert line_runs.rate("digits", "groups", line, done) == (5e-2, [])
+
+
+def test_runs_come_seed_by_seed_and_none_is_made_twice_for_docstrings_all(line_runs):
+    runs = list(line_runs.wanted(line_runs.TASKS, list(line_runs.METHODS), 8, {}))
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len(set(runs)) == len(runs)
+    first = [run for run in runs if run.seed == 0]
+    assert {(run.task, run.base_lr) for run in first[:12]} == {
+        (task, base_lr) for task in line_runs.TASKS for base_lr, _ in line_runs.LINES
+    }
+    assert {run.method for run in first[:12]} == {"line"}
+    fixed, searched = 5 * 4 * 3 * 8 - 2 * 3 * 8, 2 * 4 * 3 * 3 * 4
+    assert len(runs) == fixed + searched
+    assert not [run for run in runs if run.task == "docstrings-all" and run.method in ("head", "full")]
+    assert not list(line_runs.wanted(["digits"], ["head"], 1, {run: {} for run in first}))
+
+
+def line_table(runs, line_runs, path: Path, tests: dict[str, list[float]], tasks: list[str]) -> None:
+    """A table in which the middle rate is the best everywhere, and test scores are those given."""
+    for task, line in ((task, line) for task in tasks for line in line_runs.LINES):
+        for method, values in tests.items():
+            rates, middle = [None], None
+            if method in line_runs.GRIDS:
+                grid, middle = line_runs.GRIDS[method], line_runs.STARTS[method]
+                rates = grid[grid.index(middle) - 1 : grid.index(middle) + 2]
+            for lr in rates:
+                for seed, value in enumerate(values):
+                    if (task, method) in line_runs.SAME:
+                        continue
+                    row = {**line_runs.run_at(task, method, line, seed, lr).__dict__, "metric": "accuracy"}
+                    row |= {"adapter_params": 1, "seconds": 1800}
+                    scores = {"val": 60.0 + (lr == middle), "test": value if lr == middle else 99.0}
+                    rows = [{**row, "split": s, "value": v} for s, v in scores.items()]
+                    runs.append(path, rows, line_runs.COLUMNS)
+
+
+def test_the_report_of_the_one_line_judges_its_goals(runs, line_runs, tmp_path):
+    """Against groups the mean decides (-0.5, -1.5), against LoRA the interval, against the head the mean."""
+    report = importlib.import_module("one_line_report")
+    tests = {"line": [80.0, 81.0, 83.0, 82.0], "line+inputs": [79.0, 80.0, 82.0, 81.0]}
+    tests |= {"groups": [81.0, 81.0, 83.0, 83.0], "lora-own": [90.0] * 4, "full": [85.0] * 4}
+    tests |= {"lora": [70.0, 72.0, 73.0, 72.0], "head": [79.0, 80.0, 82.0, 82.0]}
+    line_table(runs, line_runs, tmp_path / "one_line.csv", tests, ["docstrings", "docstrings-all"])
+    table = report.tabulate(tmp_path / "one_line.csv")
+    line = (1e-4, "cosine")
+    assert table.scores["docstrings", "groups", line] == dict(enumerate(tests["groups"]))
+    assert table.scores["docstrings-all", "head", line] == dict(enumerate(tests["head"]))
+    assert table.rates["docstrings", "lora-own", line] == 3e-3
+    differences = [10.0, 9.0, 10.0, 10.0]
+    found = table.difference("docstrings", "line", "lora", line)
+    assert found.half == pytest.approx(3.182446 * statistics.stdev(differences) / math.sqrt(4))
+    text = "\n".join(report.goals(table))
+    assert "| docstrings | 1e-4, warm-up, cosine | random | -0.50 ± 0.92 | 4 | yes |" in text
+    assert "| docstrings | 1e-4, warm-up, cosine | inputs | -1.50 ± 0.92 | 4 | no |" in text
+    assert f"| docstrings-all | 2e-5, warm-up, cosine | random | {found} | 4 | yes |" in text
+    assert "| docstrings | 1e-3, constant | inputs | -0.25 ± 0.80 | 4 | no |" in text
+    assert text.count("Holds in 6 of 12; 12 not measured.") == 2
+    assert "Holds in 8 of 8; 4 not measured." in text
+    report.report(tmp_path)
+    text = (tmp_path / "one_line.md").read_text()
+    assert "| method | 1e-3, constant | 1e-4, warm-up, cosine | 2e-5, warm-up, cosine |" in text
+    assert text.count("| UORA, the one line | 81.5 ± 0.6 (4) | 81.5 ± 0.6 (4) | 81.5 ± 0.6 (4) |") == 2
+    assert "copied from docstrings, which has the same runs: head alone, full fine-tuning." in text
+    assert "| docstrings, UORA, groups by hand, best rate | 0.03 | 0.03 | 0.03 |" in text
+    assert "digits" not in text
+    assert (tmp_path / "one_line.png").stat().st_size > 3_000
+
+
+def test_a_method_of_the_one_line_benchmark_runs_in_a_small_form(monkeypatch, tmp_path, capsys, one_thread):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["one_line.py", "--quick", "--tasks", "digits", "--methods", "groups"])
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "1")
+    importlib.import_module("one_line").main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'task'")]
+    assert len(rows) == 2
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_user_of_the_one_line_benchmark_writes_these_groups(monkeypatch, line_runs, tmp_path):
+    """One group of everything at the base rate; by hand, the adapters apart, at their own rate."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    methods = importlib.import_module("one_line_methods")
+    task = importlib.import_module("quality_tasks").Digits(0, quick=True)
+    kinds = importlib.import_module("quality_methods")
+    found = {}
+    for method in ("lora", "lora-own"):
+        model = kinds.build(kinds.Method("lora", 8), task, 0)[0]
+        run = line_runs.run_at(
+            "digits", method, (1e-3, "constant"), 0, 3e-2 if method == "lora-own" else None
+        )
+        optimizer = methods.Learner(task, model, run).configure_optimizers()["optimizer"]
+        trained = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        found[method] = [
+            (group["lr"], len(ps)) for group, ps in zip(optimizer.param_groups, trained, strict=True)
+        ]
+    layers, head = len(task.names), 2
+    assert found == {
+        "lora": [(1e-3, 2 * layers + head)],
+        "lora-own": [(1e-3, head), (3e-2, 2 * layers)],
+    }
+
+
+def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    shape = importlib.import_module("one_line_methods").shape
+    assert [shape(step, 40) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shape(22, 40) == pytest.approx(0.5)
+    assert shape(40, 40) == pytest.approx(0.0)
+
+
+def test_runs_that_are_missing_are_made_once_and_none_is_started_after_the_time(runs, monkeypatch, tmp_path):
+    """Three runs, one of them in the table already, by two workers; then no minutes at all."""
+    monkeypatch.setattr(runs, "_alone", lambda execute, run: execute(run))
+    path, made = tmp_path / "runs.csv", []
+    three = [runs.Run("digits", "head", 0, "off", 0.1, seed) for seed in range(3)]
+
+    def execute(run):
+        made.append(run)
+        row = {**run.__dict__, "metric": "accuracy", "adapter_params": 0, "seconds": 1.0}
+        return [{**row, "split": split, "value": 50.0 + run.seed} for split in ("val", "test")]
+
+    def wanted(done):
+        return (run for run in three if run not in done)
+
+    runs.append(path, execute(three[1]))
+    runs.carry_out(path, runs.Run, wanted, execute, workers=2, minutes=0)
+    assert made == [three[1]]
+    runs.carry_out(path, runs.Run, wanted, execute, workers=2, minutes=1)
+    assert sorted(run.seed for run in made) == [0, 1, 2]
+    assert runs.read(path, runs.Run) == {
+        run: dict.fromkeys(("val", "test"), 50.0 + run.seed) for run in three
+    }

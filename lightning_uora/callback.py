@@ -10,24 +10,28 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_uora.adapters import Projections
-from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice
+from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice, require_rate
 from lightning_uora.reinit import require_growth_possible
 from lightning_uora.reports import Summary, summarize
 from lightning_uora.trainer import (
     Refreshing,
-    add_missing_to_optimizer,
     attach_in_time,
     calibrate_if_needed,
     check_companions,
     check_pruning,
     forget_configure_model,
+    keep_rates,
     log_counts,
     log_figures,
+    log_progress,
     print_table,
     put_gradients,
     require_adapted,
+    saved_groups,
+    set_vector_rates,
     waiting_gradients,
-    warn_of_idle_dropout,
+    warn_at_the_end,
+    warn_at_the_start,
     warn_without_gradient,
 )
 
@@ -62,6 +66,11 @@ class UORACallback(Callback):
         reinit: When and which weak rows of A and B are refreshed, a :class:`ReinitSchedule`; None: never.
         checkpoint: ``"full"`` checkpoints hold everything; ``"adapter"`` ones hold what trained, the base's
             buffers and how to rebuild A and B, and want the same base when they are loaded.
+        vector_lr: Learning rate of the vectors d and b. ``"auto"``: 0.01 under Adam, AdamW and their kind,
+            wherever the module's optimizer has the vectors among other parameters or does not know them.
+            They get a group of their own, ``uora_vectors``, without weight decay, that follows the schedule
+            of the group that they came from. A group that holds vectors alone is yours and stays. A number:
+            that rate, under any optimizer. None: the optimizer is left alone.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.
@@ -92,6 +101,7 @@ class UORACallback(Callback):
         share: Literal["model", "layer"] = "layer",
         reinit: ReinitSchedule | None = ReinitSchedule(),  # noqa: B008 - frozen
         checkpoint: Literal["full", "adapter"] = "full",
+        vector_lr: float | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
         self.config = UORAConfig(
@@ -115,11 +125,15 @@ class UORACallback(Callback):
         self.reinit = reinit
         if reinit is not None:
             require_growth_possible(reinit.growth, self.config)
+        require_rate("vector_lr", vector_lr)
+        self.vector_lr = vector_lr
         self._refreshing = Refreshing(reinit) if reinit is not None else None
         self._owner: Projections | None = None
         self.summary: Summary | None = None
         self._gradients_seen = False
         self._gradients: dict[str, Tensor] = {}
+        self._saved_groups: list[list[int]] | None = None
+        self._rates: list[tuple[dict[str, Any], Any]] = []
 
     @property
     def refreshes(self) -> list[dict[str, Any]]:
@@ -128,6 +142,7 @@ class UORACallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._saved_groups = None
         check_companions(trainer, pl_module, self, stage)
         attach_in_time(pl_module, self.config, self.checkpoint, self._attached)
 
@@ -141,17 +156,20 @@ class UORACallback(Callback):
         self._gradients_seen = False
         self.summary = summarize(pl_module)
         log_counts(trainer, self.summary)
-        add_missing_to_optimizer(trainer.strategy.optimizers, pl_module)
-        print_table(trainer, self.summary)
+        saved = self._saved_groups if trainer.ckpt_path else None  # finders restore files of their own
+        groups = set_vector_rates(trainer, pl_module, self.vector_lr, saved)
+        self._rates = [(group, group["lr"]) for group in groups]
+        print_table(trainer, pl_module, self.summary)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        keep_rates(trainer, self._rates)
         calibrate_if_needed(trainer, pl_module, self.reinit)
         put_gradients(pl_module, self._gradients)
         self._gradients = {}
         if self._refreshing is not None:
             self._refreshing.start(trainer)
-        warn_of_idle_dropout(pl_module, self.config)
+        warn_at_the_start(pl_module, self.config, summarize(pl_module))
 
     @override
     def on_train_batch_start(
@@ -166,6 +184,7 @@ class UORACallback(Callback):
     ) -> None:
         if self._refreshing is not None:
             self._refreshing.after_batch(trainer, pl_module, batch, batch_idx)
+        log_progress(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,6 +196,7 @@ class UORACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._refreshing is not None:
             self._refreshing.end()
+        warn_at_the_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,3 +227,4 @@ class UORACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._gradients = checkpoint.get("uora_gradients", {})
+        self._saved_groups = saved_groups(checkpoint)

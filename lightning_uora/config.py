@@ -28,8 +28,9 @@ class UORAConfig:
             (``"blocks.*.attn.qkv"``), or ``"re:"`` and a regular expression for the whole name.
         exclude_modules: Patterns of modules that stay as they are. They win over targets; a container
             excludes all inside.
-        trainable_modules: Modules trained as they are: ``"auto"`` finds the head, patterns name them, ``()``
-            for none.
+        trainable_modules: Modules and bare parameters trained as they are. ``"auto"`` finds the head: what
+            timm and transformers call so, and your own layers beside a pretrained model. Patterns name them;
+            ``()`` for none.
         init: Draw of A and B: ``"orthogonal"``, or ``"kaiming_uniform"`` as in VeRA. ``"inputs"``: B as in
             ``"orthogonal"``, A by ``calibrate`` from the principal axes of the layers' inputs, each layer its
             own with ``share="layer"``.
@@ -221,6 +222,13 @@ def require_number(field: str, value: object) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
         raise invalid(field, value, "a finite number")
+
+
+def require_rate(field: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a positive finite number, ``"auto"`` or None."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    if not (number or value is None or value == "auto"):
+        raise invalid(field, value, "a positive number, 'auto' or None")
 
 
 def require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:

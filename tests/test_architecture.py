@@ -25,9 +25,10 @@ HOUSE = (
 INSIDE = {
     "trainer": (
         ("companions", "refreshing"),
-        ("attachment", "calibrating", "loggers", "resuming"),
-        ("training_batches", "steps"),
-        ("loaders",),
+        ("attachment", "calibrating", "loggers", "resuming", "warnings"),
+        ("rates",),
+        ("training_batches", "steps", "vector_groups"),
+        ("loaders", "schedules"),
     ),
     "storage": (
         ("merging", "peft"),
@@ -41,12 +42,12 @@ INSIDE = {
         ("observer", "moments", "shared_inputs", "untouched"),
         ("patches",),
     ),
-    "reports": (("inspection", "meta_models", "report"),),
+    "reports": (("inspection", "meta_models", "progress", "report"),),
     "reinit": (("schedule",), ("refresh",), ("growth",), ("weakness", "rotation")),
     "adapters": (
         ("attach",),
         ("targets", "specialise"),
-        ("forms", "roles"),
+        ("forms", "roles", "own_layers"),
         ("layers", "role_names"),
         ("kinds", "projections"),
         ("functional", "draws"),

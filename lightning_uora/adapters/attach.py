@@ -22,6 +22,7 @@ __all__ = [
     "adapters_disabled",
     "attach_uora",
     "detach_uora",
+    "find_owner",
     "find_root",
     "is_adapted",
     "named_adapters",
@@ -79,6 +80,7 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     widths = {part.n for found in parts.values() for part in found.values()}
     heights = {sum(part.m for part in found.values()) for found in parts.values()}
     owner = Projections(config, widths, heights, device, dtype)
+    owner.left = selection.left
     owner.requires_grad_before = {name: p.requires_grad for name, p in model.named_parameters()}
     model.register_module(OWNER, owner)
     try:
@@ -143,17 +145,18 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
 
 
 def param_groups(
-    model: nn.Module, lr: float, vector_lr: float, weight_decay: float = 0.0
+    model: nn.Module, lr: float, vector_lr: float, weight_decay: float | None = None
 ) -> list[dict[str, object]]:
     """What trains, as groups for an optimizer: the vectors d and b at a rate of their own, not decayed.
 
-    Of a model without adapters, one group of what trains; so one ``configure_optimizers`` serves both.
+    The first group, ``"others"``, is what trains besides the vectors; the second, ``"uora_vectors"``, d and
+    b. Of a model without adapters, one group of what trains; so one ``configure_optimizers`` serves both.
 
     Args:
         model: Any module, most often ``self`` in ``configure_optimizers``.
         lr: Learning rate of what trains besides the vectors (the head, biases).
-        vector_lr: Learning rate of d and b, usually 10-100 times ``lr``.
-        weight_decay: For all but the vectors.
+        vector_lr: Learning rate of d and b: about 1e-2 under AdamW, whatever ``lr`` is.
+        weight_decay: For all but the vectors; None: the optimizer's own.
 
     Raises:
         ValueError: Nothing trains.
@@ -167,9 +170,16 @@ def param_groups(
     vectors = {id(v) for _, module in adapted_modules(model) for v in (module.uora_d, module.uora_b)}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, object]] = [
-        {"params": [p for p in trained if id(p) not in vectors], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in vectors], "lr": vector_lr, "weight_decay": 0.0},
+        {"name": "others", "params": [p for p in trained if id(p) not in vectors], "lr": lr},
+        {
+            "name": "uora_vectors",
+            "params": [p for p in trained if id(p) in vectors],
+            "lr": vector_lr,
+            "weight_decay": 0.0,
+        },
     ]
+    if weight_decay is not None:
+        groups[0]["weight_decay"] = weight_decay
     if not trained:
         raise ValueError("no parameter of the model trains; call attach_uora or name trainable_modules.")
     return [group for group in groups if group["params"]]
@@ -196,6 +206,15 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def is_adapted(model: nn.Module) -> bool:
     """Whether ``model`` or anything in it has adapters."""
     return any(True for _ in adapted_modules(model))
+
+
+def find_owner(module: nn.Module) -> tuple[str, Projections | None]:
+    """Prefix and owner of A and B of the first adapted root in ``module``; None where there is none."""
+    for name, part in module.named_modules():
+        owner = part._modules.get(OWNER)
+        if isinstance(owner, Projections):
+            return f"{name}." if name else "", owner
+    return "", None
 
 
 def find_root(module: nn.Module) -> tuple[str, nn.Module]:
@@ -235,9 +254,10 @@ def _freeze(model: nn.Module, selection: Selection, config: UORAConfig) -> None:
     }
     biased = {name for name, _ in adapted_modules(model)}
     heads = tuple(f"{name}." for name in selection.trained)
+    bare = set(selection.trained)
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         bias = leaf in ("bias", "in_proj_bias") and (
             config.bias == "all" or (config.bias == "adapted" and owner in biased)
         )
-        parameter.requires_grad_(name in adapted or name.startswith(heads) or bias)
+        parameter.requires_grad_(name in adapted or name in bare or name.startswith(heads) or bias)

@@ -86,6 +86,7 @@ class Projections(nn.Module):
         self.config = config
         self.disabled = 0
         self.requires_grad_before: dict[str, bool] = {}
+        self.left: tuple[str, ...] = ()  # the user's own layers that stay frozen at their start
         self.record: list[dict[str, Any]] = []
         self.base_prints: dict[str, tuple[Any, list[Any]]] = {}
         self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"

@@ -117,3 +117,35 @@ HEADS = frozenset(
         "pre_classifier",
     ]
 )
+OWN_HEADS = HEADS | frozenset(
+    [
+        "linear",
+        "lin",
+        "out",
+        "output",
+        "output_layer",
+        "proj",
+        "projection",
+        "projector",
+        "projection_head",
+        "decoder",
+        "decoder_head",
+        "predictor",
+        "prediction_head",
+        "regressor",
+        "regression_head",
+        "logits",
+        "to_logits",
+        "logit_layer",
+        "last_layer",
+        "final",
+        "final_layer",
+        "mlp",
+        "mlp_head",
+    ]
+)
+"""Names of heads that stand directly in a LightningModule."""
+OWN_SCALES = frozenset(
+    ["logit_scale", "logit_bias", "temperature", "log_temperature", "log_vars", "log_sigma"]
+)
+"""Names of trained numbers that stand directly in a LightningModule."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_uora.adapters.kinds import has_plain_forward, is_linear_like, is_supported, unsupported
+from lightning_uora.adapters.own_layers import own_layers
 from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
 from lightning_uora.config import PRESETS, UORAConfig
 
@@ -19,10 +20,17 @@ __all__ = ["Selection", "select"]
 
 @dataclass(frozen=True)
 class Selection:
-    """What :func:`select` found: names in model order."""
+    """What :func:`select` found: names in model order.
+
+    Attributes:
+        adapted: Modules to adapt.
+        trained: Modules and bare parameters to train as they are.
+        left: A user's own layers that are neither, and stay frozen at their start.
+    """
 
     adapted: tuple[str, ...]
     trained: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 def select(model: nn.Module, config: UORAConfig) -> Selection:
@@ -35,14 +43,15 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
             invalid regular expression; a preset that finds nothing (another is proposed); a module named both
             as target and as trained; a weight shared by two targets; dropout where it cannot be applied.
     """
-    modules = dict(model.named_modules())
+    modules, own = dict(model.named_modules()), own_layers(model)
     targets = _as_tuple(config.target_modules)
     excluded = inside(modules, _expand(modules, config.exclude_modules, "exclude_modules"))
     if config.trainable_modules == "auto":
-        trained = tuple(name for name in find_heads(model) if name not in targets and name not in excluded)
+        heads = dict.fromkeys([*find_heads(model), *own.heads])
+        trained = tuple(name for name in heads if name not in targets and name not in excluded)
         reserved = inside(modules, trained) - set(targets)
     else:
-        trained = _expand(modules, _as_tuple(config.trainable_modules), "trainable_modules")
+        trained = _trained(model, modules, _as_tuple(config.trainable_modules))
         reserved = inside(modules, trained)
         both = [name for name in targets if name in reserved]
         if both:
@@ -56,7 +65,14 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         chosen.update(_adaptable(modules, target, kept, found))
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)
-    return Selection(adapted, trained)
+    new = dict.fromkeys(own.heads + own.others) if config.trainable_modules else {}
+    left = [name for name in new if not _touched(name, (*adapted, *trained)) and name not in excluded]
+    return Selection(adapted, trained, tuple(left))
+
+
+def _touched(name: str, others: tuple[str, ...]) -> bool:
+    """Whether one of ``others`` is ``name``, inside of it, or around it."""
+    return any(f"{one}.".startswith(f"{name}.") or f"{name}.".startswith(f"{one}.") for one in others)
 
 
 def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -68,20 +84,33 @@ def _expand(modules: dict[str, nn.Module], patterns: Sequence[str], field: str) 
     return tuple(name for name in modules if name in found)
 
 
-def _matches(modules: dict[str, nn.Module], pattern: str, field: str) -> list[str]:
+def _trained(model: nn.Module, modules: dict[str, nn.Module], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Modules, and parameters by their full names or suffixes, in model order."""
+    bare = tuple(name for name, _ in model.named_parameters())
+    found = {name for pattern in patterns for name in _matches(modules, pattern, "trainable_modules", bare)}
+    within = tuple(f"{name}." for name in modules if name in found)
+    alone = [name for name in bare if name in found and not name.startswith(within)]
+    return (*(name for name in modules if name in found), *alone)
+
+
+def _matches(
+    modules: dict[str, nn.Module], pattern: str, field: str, parameters: tuple[str, ...] = ()
+) -> list[str]:
     """Names that ``pattern`` matches, in model order; at least one."""
+    names = (*modules, *parameters)
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise ValueError(f"{field}={pattern!r} is not a valid regular expression: {error}.") from error
-        found = [name for name in modules if expression.fullmatch(name)]
+        found = [name for name in names if expression.fullmatch(name)]
     elif any(character in pattern for character in "*?["):
-        found = [name for name in modules if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")]
+        found = [name for name in names if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")]
     else:
-        found = [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
+        found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     if not found:
-        raise ValueError(f"{field}={pattern!r} matches no module.{_near_misses(modules, pattern)}")
+        what = "module or parameter" if parameters else "module"
+        raise ValueError(f"{field}={pattern!r} matches no {what}.{_near_misses(modules, pattern)}")
     return found
 
 

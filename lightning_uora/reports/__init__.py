@@ -2,7 +2,15 @@
 
 from lightning_uora.reports.inspection import inspect_model
 from lightning_uora.reports.meta_models import model_on_meta
-from lightning_uora.reports.report import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
+from lightning_uora.reports.progress import progress
+from lightning_uora.reports.report import (
+    LayerSummary,
+    Summary,
+    plot_refreshes,
+    plot_vectors,
+    summarize,
+    trained_parts,
+)
 
 __all__ = [
     "LayerSummary",
@@ -11,5 +19,7 @@ __all__ = [
     "model_on_meta",
     "plot_refreshes",
     "plot_vectors",
+    "progress",
     "summarize",
+    "trained_parts",
 ]

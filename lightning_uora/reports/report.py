@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_uora.adapters import AdaptedModule, named_adapters, projections_of
+from lightning_uora.adapters import AdaptedModule, find_owner, named_adapters, projections_of
 from lightning_uora.distributed import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LayerSummary", "Summary", "plot_refreshes", "plot_vectors", "summarize"]
+__all__ = ["LayerSummary", "Summary", "plot_refreshes", "plot_vectors", "summarize", "trained_parts"]
+
+
+T = TypeVar("T", bound=tuple[int, ...])
 
 
 @dataclass(frozen=True)
@@ -34,43 +37,88 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Parameter counts of an adapted model. ``str()`` gives :meth:`table` as plain text."""
+    """Parameter counts of an adapted model. ``str()`` gives :meth:`table` as plain text, 80 columns wide.
+
+    Attributes:
+        adapter_params: Numbers in d and b.
+        trainable_params: All that trains.
+        total_params: All parameters; A and B are buffers and count on neither side.
+        layers: The adapted modules, in model order.
+        trained: What trains besides the vectors, by name ("biases" where they train alone), and how many
+            numbers.
+        left: Your own layers that stay frozen at their random start.
+    """
 
     adapter_params: int
     trainable_params: int
     total_params: int
     layers: tuple[LayerSummary, ...]
+    trained: tuple[tuple[str, int], ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def trainable_fraction(self) -> float:
-        """Share of all parameters that train; A and B are buffers and count on neither side."""
+        """Share of all parameters that train."""
         return self.trainable_params / self.total_params
 
-    def table(self) -> Table:
-        """A rich table: layers of one shape in one line, then the totals."""
-        table = Table(title="UORA adapters")
-        for column in ("layers", "kind", "m x n", "rank", "trainable"):
-            table.add_column(column, justify="left" if column in ("layers", "kind") else "right")
-        groups: dict[tuple[str, int, int, int], list[LayerSummary]] = {}
-        for layer in self.layers:
-            groups.setdefault((layer.kind, layer.m, layer.n, layer.rank), []).append(layer)
-        for (kind, m, n, rank), layers in groups.items():
-            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-            trainable = sum(layer.adapter_params for layer in layers)
-            table.add_row(
-                f"{layers[0].name or '(root)'}{more}", kind, f"{m} x {n}", str(rank), f"{trainable:,}"
-            )
+    def table(self, rates: Mapping[str, str] | None = None) -> Table:
+        """A rich table: what is adapted, layers of one place in every block in one line; what trains.
+
+        Args:
+            rates: Learning rates by the names in :attr:`trained` and ``"vectors"``, ready to print.
+        """
+        rates = rates or {}
+        within, groups = grouped([(layer.name, (layer.m, layer.n, layer.rank)) for layer in self.layers])
+        table = Table(title="UORA", caption=f"names within {within}" if within else None)
+        table.add_column("what", overflow="fold", min_width=12)
+        for column in ("layers", "m x n", "trainable", *(["lr"] if rates else [])):
+            table.add_column(column, justify="right", no_wrap=True)
+        for (name, (m, n, rank)), count in groups.items():
+            table.add_row(name, f"{count:,}", f"{m} x {n}", f"{count * (rank + m):,}")
         table.add_section()
-        table.add_row("adapters", "", "", "", f"{self.adapter_params:,}")
-        table.add_row("heads and others", "", "", "", f"{self.trainable_params - self.adapter_params:,}")
-        table.add_row(f"of {self.total_params:,}", "", "", "", f"{self.trainable_fraction:.3%}")
+        ranks = ", ".join(dict.fromkeys(str(layer.rank) for layer in self.layers))
+        rows = [(f"vectors d and b, rank {ranks}", "vectors", self.adapter_params)] if self.layers else []
+        for label, name, count in [*rows, *((name, name, count) for name, count in self.trained)]:
+            table.add_row(label, "", "", f"{count:,}", *([rates.get(name, "none")] if rates else []))
+        table.add_row(
+            f"all that trains, of {self.total_params:,}",
+            "",
+            f"{self.trainable_fraction:.3%}",
+            f"{self.trainable_params:,}",
+        )
+        if self.left:
+            table.add_row(f"frozen at their start: {', '.join(self.left)}", "", "", "0")
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, file=io.StringIO())
+        console = Console(width=80, file=io.StringIO())
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()
+
+
+def grouped(layers: Sequence[tuple[str, T]]) -> tuple[str, dict[tuple[str, T], int]]:
+    """Layers of equal facts at one place of every block in one line: ``blocks.*.attn.q, k, v``.
+
+    Returns:
+        The path that all names begin with, and how many layers each line stands for.
+    """
+    paths = [name.split(".")[:-1] for name, _ in layers]
+    within: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1 or parts[0].isdigit():
+            break
+        within.append(parts[0])
+    found: dict[tuple[str, T], dict[str, int]] = {}
+    for name, fact in layers:
+        *path, leaf = name.split(".")[len(within) :]
+        place = "".join(f"{'*' if part.isdigit() else part}." for part in path)
+        leaves = found.setdefault((place, fact), {})
+        leaf = "*" if leaf.isdigit() else leaf or "(root)"
+        leaves[leaf] = leaves.get(leaf, 0) + 1
+    return ".".join(within), {
+        (f"{place}{', '.join(leaves)}", fact): sum(leaves.values()) for (place, fact), leaves in found.items()
+    }
 
 
 def summarize(model: nn.Module) -> Summary:
@@ -81,12 +129,32 @@ def summarize(model: nn.Module) -> Summary:
         m, n, rank = sum(part.m for part in parts), parts[0].n, module.uora_d.numel()
         layers.append(LayerSummary(name, module.original_class.__name__, m, n, rank, rank + m))
     parameters = list(model.parameters())
+    path, owner = find_owner(model)
     return Summary(
         adapter_params=sum(layer.adapter_params for layer in layers),
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
         total_params=sum(p.numel() for p in parameters),
         layers=tuple(layers),
+        trained=tuple((name, sum(p.numel() for p in found)) for name, found in trained_parts(model).items()),
+        left=tuple(f"{path}{name}" for name in owner.left) if owner is not None else (),
     )
+
+
+def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What trains besides the vectors: by module where all of it does, by parameter else, biases together."""
+    vectors = {id(v) for _, module in named_adapters(model) for v in (module.uora_d, module.uora_b)}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    found: dict[str, list[nn.Parameter]] = {}
+    covered: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        inner = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()] if name else []
+        if inner and not f"{name}.".startswith(covered) and all(full in trained for full in inner):
+            found[name] = [trained[full] for full in inner]
+            covered += (f"{name}.",)
+    rest = {full: p for full, p in trained.items() if not full.startswith(covered)}
+    biases = [p for full, p in rest.items() if full.rpartition(".")[2].endswith("bias")]
+    found |= {full: [p] for full, p in rest.items() if not full.rpartition(".")[2].endswith("bias")}
+    return found | ({"biases": biases} if biases else {})
 
 
 def plot_vectors(model: nn.Module) -> Figure:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
-from torch.optim import Optimizer
 
 from lightning_uora.adapters import (
     Projections,
@@ -25,14 +22,11 @@ from lightning_uora.config import UORAConfig, differences
 from lightning_uora.storage import CheckpointHooks
 
 __all__ = [
-    "add_missing_to_optimizer",
     "attach_in_time",
     "built_later",
     "forget_configure_model",
     "is_calibrated",
     "require_adapted",
-    "warn_of_idle_dropout",
-    "warn_without_gradient",
 ]
 
 Told = Callable[[LightningModule, Projections], None]
@@ -123,48 +117,6 @@ def _keep_from_travelling(pl_module: LightningModule, owner: Projections) -> Non
     names = owner.names_ever(layers if owner.config.share == "layer" else 0)
     ignored.update(f"{prefix}.{name}" for name in names)
     pl_module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-
-
-def add_missing_to_optimizer(optimizers: Sequence[Optimizer], pl_module: LightningModule) -> None:
-    """Put vectors that no optimizer holds into the first group: it was built before the adapters.
-
-    Into the group's list, because ``add_param_group`` breaks LambdaLR and OneCycleLR.
-    """
-    real = [optimizer for optimizer in optimizers if type(optimizer).__name__ != "_MockOptimizer"]
-    if not real:
-        return
-    held = {id(p) for optimizer in real for group in optimizer.param_groups for p in group["params"]}
-    wanted = [f"{name}.{leaf}" for name, _ in named_adapters(pl_module) for leaf in ("uora_d", "uora_b")]
-    missing = {
-        name: p
-        for name, p in pl_module.named_parameters()
-        if name in wanted and p.requires_grad and id(p) not in held
-    }
-    if missing:
-        first = real[0].param_groups[0]
-        first["params"].extend(missing.values())
-        rank_zero_warn(
-            f"The optimizer was built without {len(missing)} adapter vectors ({next(iter(missing))}, ...); "
-            f"they are now in its first group, at lr={float(first['lr']):g}. Build it in "
-            "configure_optimizers to choose their learning rate."
-        )
-
-
-def warn_without_gradient(module: nn.Module) -> None:
-    """Warn of what should train and got no gradient."""
-    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    if names:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        rank_zero_warn(f"No gradient in the first backward for {shown}: these parameters do not train.")
-
-
-def warn_of_idle_dropout(pl_module: LightningModule, config: UORAConfig) -> None:
-    """Warn where the adapters' dropout never acts."""
-    if config.dropout and not any(module.training for _, module in named_adapters(pl_module)):
-        rank_zero_warn(
-            f"dropout={config.dropout} does nothing: the adapted modules are in evaluation mode, as "
-            "from_pretrained leaves them; call train() on the model before fitting."
-        )
 
 
 def is_calibrated(pl_module: LightningModule) -> bool:

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from lightning_uora.adapters import find_root, projections_of
 from lightning_uora.distributed import is_sharded
-from lightning_uora.reports import Summary, plot_refreshes, plot_vectors
-from lightning_uora.trainer.steps import callbacks_of
+from lightning_uora.reports import Summary, plot_refreshes, plot_vectors, progress, trained_parts
+from lightning_uora.trainer.rates import current_rate, rates_by_parameter, vectors_of
+from lightning_uora.trainer.steps import accumulating, callbacks_of
 
-__all__ = ["log_counts", "log_figures", "print_table"]
+__all__ = ["log_counts", "log_figures", "log_progress", "print_table"]
 
 
 def log_counts(trainer: Trainer, summary: Summary) -> None:
@@ -27,10 +28,32 @@ def log_counts(trainer: Trainer, summary: Summary) -> None:
         logger.log_hyperparams(counts)
 
 
-def print_table(trainer: Trainer, summary: Summary) -> None:
-    """The table, once, where the Trainer prints a model summary as well."""
-    if trainer.is_global_zero and any(isinstance(one, ModelSummary) for one in callbacks_of(trainer)):
-        Console().print(summary.table())
+def print_table(trainer: Trainer, pl_module: LightningModule, summary: Summary) -> None:
+    """The table with rates, once, where the Trainer prints a model summary as well."""
+    if not (trainer.is_global_zero and any(isinstance(one, ModelSummary) for one in callbacks_of(trainer))):
+        return
+    parts = {"vectors": vectors_of(pl_module), **trained_parts(pl_module)}
+    found = rates_by_parameter(trainer.optimizers)
+    rates = {
+        name: ", ".join(dict.fromkeys(f"{found[p]:g}" for p in parameters if p in found)) or "none"
+        for name, parameters in parts.items()
+    }
+    Console().print(summary.table(rates))
+
+
+def log_progress(trainer: Trainer, pl_module: LightningModule) -> None:
+    """How far the adapters have moved, and at which rate, at the loggers' own interval; nothing between."""
+    step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if not trainer.loggers or not (step and every) or step % every or accumulating(trainer):
+        return
+    if is_sharded(pl_module) or not trainer.is_global_zero:
+        return
+    metrics = {f"uora/{name}": value for name, value in progress(pl_module).items()}
+    rate = current_rate(trainer.optimizers, vectors_of(pl_module))
+    if rate is not None:
+        metrics["uora/vector_lr"] = rate
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step)
 
 
 def log_figures(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,30 @@
+"""How far adapters have moved a model, in a few numbers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_uora.adapters import named_adapters
+
+__all__ = ["progress"]
+
+
+@torch.no_grad()
+def progress(model: nn.Module) -> dict[str, float]:
+    """Means over the adapted modules.
+
+    Returns:
+        ``update_ratio``, of the Frobenius norms of the update and of the frozen weight; ``norm_d`` and
+        ``norm_b``, the lengths of the vectors.
+    """
+    rows = []
+    for _, module in named_adapters(model):
+        weights = [cast(Tensor, module._parameters[part.name]) for part in module.adapted_parts]
+        base = torch.stack([W.float().norm() for W in weights]).norm()
+        ratio = module.delta_weight().float().norm() / base.clamp_min(1e-30)
+        rows.append(torch.stack([ratio, module.uora_d.norm(), module.uora_b.norm()]).cpu())
+    means = torch.stack(rows).mean(0).tolist()
+    return dict(zip(("update_ratio", "norm_d", "norm_b"), means, strict=True))

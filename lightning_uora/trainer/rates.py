@@ -1,0 +1,199 @@
+"""The learning rate of the vectors: a group made before the first step, and what is said about rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_uora.adapters import named_adapters
+from lightning_uora.trainer.steps import callbacks_of
+from lightning_uora.trainer.vector_groups import Move, moves, obstacle, split, take_in
+
+__all__ = [
+    "AUTO_RATE",
+    "VectorRate",
+    "current_rate",
+    "keep_rates",
+    "rates_by_parameter",
+    "saved_groups",
+    "set_vector_rates",
+    "vectors_of",
+]
+
+VectorRate = float | Literal["auto"] | None
+
+AUTO_RATE = 1e-2
+"""Of the vectors under optimizers of Adam's kind; chosen on validation rows (``benchmarks/one_line.py``)."""
+SLOW = 1e-3
+"""Below this rate an optimizer of Adam's kind hardly moves the vectors in a usual run."""
+WRITE = "param_groups(self, lr=..., vector_lr={rate:g})"
+
+
+def set_vector_rates(
+    trainer: Trainer, pl_module: LightningModule, vector_lr: VectorRate, saved: list[list[int]] | None
+) -> list[dict[str, Any]]:
+    """Give the vectors their own optimizer group, or say why not; before optimizer states are restored.
+
+    Args:
+        trainer: Its optimizers and schedulers are made.
+        pl_module: The adapted module.
+        vector_lr: As given to the callback.
+        saved: How many parameters each optimizer group has in the checkpoint that the run goes on from.
+
+    Returns:
+        The groups that were made.
+
+    Raises:
+        MisconfigurationException: No optimizer knows the vectors and ``vector_lr`` is None; the checkpoint's
+            groups are not those that ``vector_lr`` leads to.
+    """
+    optimizers = [one for one in trainer.strategy.optimizers if type(one).__name__ != "_MockOptimizer"]
+    schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+    known = {id(group) for one in optimizers for group in one.param_groups}
+    for move in moves(optimizers, schedulers, vectors_of(pl_module)):
+        place = optimizers.index(move.optimizer)
+        _carry_out(move, vector_lr, saved[place] if saved and place < len(saved) else None)
+    if saved is not None:
+        _check_saved(optimizers, saved, vector_lr)
+    return [group for one in optimizers for group in one.param_groups if id(group) not in known]
+
+
+def vectors_of(pl_module: LightningModule) -> list[nn.Parameter]:
+    """D and b of all adapted modules, in model order, each once."""
+    return list(dict.fromkeys(v for _, m in named_adapters(pl_module) for v in (m.uora_d, m.uora_b)))
+
+
+def _carry_out(move: Move, vector_lr: VectorRate, saved: list[int] | None) -> None:
+    for place in move.alone:
+        _warn_of_users_group(move, move.optimizer.param_groups[place])
+    if not (move.found or move.missing):
+        return
+    name = type(move.optimizer).__name__
+    rate = AUTO_RATE if vector_lr == "auto" else vector_lr
+    if rate is None:
+        _leave_alone(move, name)
+        return
+    if saved is not None and len(saved) == len(move.optimizer.param_groups):
+        rank_zero_warn(
+            f"The checkpoint is of a run whose {name} had no group for the vectors; it goes on like that, "
+            f"with them at lr={move.rate:g}. To give them vector_lr, start a run from its weights alone."
+        )
+        take_in(move)
+        return
+    hindrance = obstacle(move)
+    if hindrance is None and vector_lr == "auto" and not is_adaptive(move.optimizer):
+        rank_zero_warn(
+            f'vector_lr="auto" has no measured rate for {name}: the vectors train at its lr={move.rate:g}. '
+            "Give UORACallback(vector_lr=...), or use AdamW."
+        )
+        take_in(move)
+    elif hindrance is not None:
+        rank_zero_warn(
+            f"vector_lr: no group of their own for the vectors with {hindrance}; they train at "
+            f"lr={move.rate:g}. Write it in configure_optimizers: groups = {WRITE.format(rate=rate)}; "
+            f"then {name}(groups)."
+        )
+        take_in(move)
+    else:
+        split(move, rate)
+
+
+def _leave_alone(move: Move, name: str) -> None:
+    if move.missing:
+        raise MisconfigurationException(
+            f"{name} was built without {len(move.missing)} adapter vectors, and vector_lr=None leaves it "
+            'alone: nothing would train them. Use vector_lr="auto", or build it in configure_optimizers.'
+        )
+    if is_adaptive(move.optimizer) and _peak(move.optimizer.param_groups[next(iter(move.found))]) < SLOW:
+        _warn_of_slow_vectors(move.optimizer, move.rate)
+
+
+def _warn_of_users_group(move: Move, group: Mapping[str, Any]) -> None:
+    others = [other for other in move.optimizer.param_groups if other is not group]
+    if any("max_lr" in group and other.get("max_lr") == group["max_lr"] for other in others):
+        peak = float(group["max_lr"])
+        rank_zero_warn(
+            f"One max_lr={peak:g} for all groups takes the adapter vectors' own rate from them; give the "
+            f"schedule a list, max_lr=[{peak:g}, {AUTO_RATE:g}], in the order of the groups."
+        )
+    elif is_adaptive(move.optimizer) and _peak(group) < SLOW:
+        _warn_of_slow_vectors(move.optimizer, _peak(group))
+    if group.get("weight_decay"):
+        rank_zero_warn(
+            f"weight_decay={group['weight_decay']:g} on the adapter vectors pulls what they learned towards "
+            "zero; param_groups leaves them out."
+        )
+
+
+def _warn_of_slow_vectors(optimizer: Optimizer, rate: float) -> None:
+    rank_zero_warn(
+        f"{type(optimizer).__name__} trains the adapter vectors at lr={rate:g}, at which they hardly move: "
+        f'they need about {AUTO_RATE:g}, whatever the rate of the rest. Use UORACallback(vector_lr="auto") '
+        f"with one group for all that trains, or {WRITE.format(rate=AUTO_RATE)}."
+    )
+
+
+def is_adaptive(optimizer: Optimizer) -> bool:
+    """Whether a step's size is about the learning rate, whatever the gradient's: Adam's kind, RMSprop."""
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return True
+    return "betas" in optimizer.defaults
+
+
+def _peak(group: Mapping[str, Any]) -> float:
+    """The highest rate that a group's schedule gives, as far as its options say."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def saved_groups(checkpoint: Mapping[str, Any]) -> list[list[int]] | None:
+    """How many parameters each group of each optimizer has in a checkpoint; None where it does not say."""
+    try:
+        states = checkpoint["optimizer_states"]
+        return [[len(group["params"]) for group in state["param_groups"]] for state in states] or None
+    except (KeyError, TypeError):
+        return None
+
+
+def _check_saved(
+    optimizers: Sequence[Optimizer], saved: Sequence[Sequence[int]], vector_lr: VectorRate
+) -> None:
+    """Raise where an optimizer state cannot be restored for want of the vectors' group."""
+    for optimizer, sizes in zip(optimizers, saved, strict=False):
+        if len(sizes) > len(optimizer.param_groups):
+            raise MisconfigurationException(
+                f"The checkpoint's {type(optimizer).__name__} has {len(sizes)} groups and this run's "
+                f"{len(optimizer.param_groups)}; was it written with another vector_lr than {vector_lr!r}? "
+                "Resume with that one."
+            )
+
+
+def keep_rates(trainer: Trainer, rates: Sequence[tuple[dict[str, Any], Any]]) -> None:
+    """Put back the rates of groups that ``LearningRateFinder`` has set to what it suggests for the rest."""
+    if any(isinstance(one, LearningRateFinder) for one in callbacks_of(trainer)) and not trainer.ckpt_path:
+        for group, rate in rates:
+            group["lr"] = rate
+
+
+def rates_by_parameter(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, float]:
+    """The peak rate at which every parameter that an optimizer knows trains."""
+    return {p: _peak(group) for one in optimizers for group in one.param_groups for p in group["params"]}
+
+
+def current_rate(optimizers: Sequence[Optimizer], vectors: Sequence[nn.Parameter]) -> float | None:
+    """The rate at which the vectors train now, the highest where there are several."""
+    wanted = {id(v) for v in vectors}
+    rates = [
+        float(group["lr"])
+        for one in optimizers
+        for group in one.param_groups
+        if any(id(p) in wanted for p in group["params"])
+    ]
+    return max(rates) if rates else None

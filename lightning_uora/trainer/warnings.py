@@ -1,0 +1,76 @@
+"""What would go wrong in silence, in a line each: before training, after the first backward, at its end."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_uora.adapters import find_owner, named_adapters
+from lightning_uora.config import UORAConfig
+from lightning_uora.distributed import is_sharded
+from lightning_uora.reports import Summary, progress
+
+__all__ = ["warn_at_the_end", "warn_at_the_start", "warn_without_gradient"]
+
+TINY = 0.01
+"""Runs that learned nothing ended with a mean norm(update) / norm(W) of 0.001 to 0.004, others above 0.03."""
+FEW_STEPS = 10
+"""Shorter runs are not judged."""
+USEFUL = 2
+"""Directions that a layer has a use for, as a multiple of its larger side."""
+
+
+def warn_at_the_start(pl_module: LightningModule, config: UORAConfig, summary: Summary) -> None:
+    """Before the first step, when all modes are set."""
+    if summary.left:
+        rank_zero_warn(
+            f"Frozen at their start: {', '.join(summary.left)}. If they are new, name them in "
+            "trainable_modules; if they are meant to be frozen, requires_grad_(False) before the fit says so."
+        )
+    _warn_of_evaluation_mode(pl_module, config)
+    widest = max(max(layer.m, layer.n) for layer in summary.layers)
+    if config.rank > USEFUL * widest:
+        _, owner = find_owner(pl_module)
+        taken = sum(b.nbytes for b in owner.buffers()) / 2**20 if owner is not None else 0.0
+        rank_zero_warn(
+            f"rank={config.rank} is more than layers of at most {widest} features have a use for: A and B "
+            f"take {taken:,.1f} MiB and every step multiplies by them; {widest} directions span all."
+        )
+
+
+def _warn_of_evaluation_mode(pl_module: LightningModule, config: UORAConfig) -> None:
+    adapters = [module for _, module in named_adapters(pl_module)]
+    if any(module.training for module in adapters):
+        return
+    idle = [m for m in pl_module.modules() if isinstance(m, nn.Dropout) and m.p and not m.training]
+    if config.dropout:
+        rank_zero_warn(
+            f"dropout={config.dropout} does nothing: the adapted modules are in evaluation mode, as "
+            "from_pretrained leaves them; call train() on the model before fitting."
+        )
+    elif idle:
+        rank_zero_warn(
+            f"The model's own dropout ({len(idle)} modules) does nothing: it is in evaluation mode, as "
+            "from_pretrained leaves it; call train() on the model before fitting, or set its dropout to 0."
+        )
+
+
+def warn_without_gradient(module: nn.Module) -> None:
+    """Warn of what should train and got no gradient."""
+    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if names:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        rank_zero_warn(f"No gradient in the first backward for {shown}: these parameters do not train.")
+
+
+def warn_at_the_end(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Warn where training has hardly changed the adapted weights."""
+    if trainer.global_step < FEW_STEPS or is_sharded(pl_module):
+        return
+    ratio = progress(pl_module)["update_ratio"]
+    if ratio < TINY:
+        rank_zero_warn(
+            f"The adapters hardly moved: norm(update) / norm(W) is {ratio:.2g} in the mean. Give the vectors "
+            'a higher rate (vector_lr="auto", or about 1e-2 under AdamW), or more steps.'
+        )

@@ -133,8 +133,10 @@ def test_a_checkpoint_of_the_plain_model_loads_into_the_adapted_one(tmp_path, ki
     model = made()
     trainer(uora(kind)).test(model, data(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
     x = torch.randn(5, 6)
-    plain.requires_grad_(False)
-    with torch.no_grad():  # and frozen: only then are kernels sure to be the same
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in plain.named_parameters():  # it decides the kernels on some processors
+        parameter.requires_grad_(wanted[name])
+    with torch.no_grad():
         assert torch.equal(model.eval()(x), plain.eval()(x))
     assert len(list(named_adapters(model))) == 2
 

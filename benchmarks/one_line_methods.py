@@ -6,6 +6,8 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -74,29 +76,43 @@ def callbacks(task: Task, run: LineRun) -> list[UORACallback]:
     ]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No word from Lightning on devices and loaders; afterwards it speaks as before."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def train(task: Task, run: LineRun) -> tuple[nn.Module, int, float]:
     """Fit one method. The model, its adapter parameters, and seconds of the fit."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ours = run.method in ("line", "line+inputs", "groups")
     torch.manual_seed(run.seed)
     kind = Method(run.method.removesuffix("-own"), run.rank)
     model, trained, _ = (task.model(), [], []) if ours else build(kind, task, run.seed)
     learner = Learner(task, model.train(), run)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=callbacks(task, run) if ours else None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with quiet():
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=callbacks(task, run) if ours else None,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     torch.manual_seed(
         run.seed
     )  # dropout is the same for all methods, whatever they drew when they were built
     start = time.perf_counter()
-    trainer.fit(learner, DataLoader(task.order, batch_size=None))
+    with quiet():
+        trainer.fit(learner, DataLoader(task.order, batch_size=None))
     seconds = time.perf_counter() - start
     count = summarize(learner).adapter_params if ours else sum(p.numel() for p in trained)
     return model, count, seconds

@@ -90,6 +90,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@quiet()
 def train(task: Task, run: LineRun) -> tuple[nn.Module, int, float]:
     """Fit one method. The model, its adapter parameters, and seconds of the fit."""
     ours = run.method in ("line", "line+inputs", "groups")
@@ -97,22 +98,18 @@ def train(task: Task, run: LineRun) -> tuple[nn.Module, int, float]:
     kind = Method(run.method.removesuffix("-own"), run.rank)
     model, trained, _ = (task.model(), [], []) if ours else build(kind, task, run.seed)
     learner = Learner(task, model.train(), run)
-    with quiet():
-        trainer = Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            callbacks=callbacks(task, run) if ours else None,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    torch.manual_seed(
-        run.seed
-    )  # dropout is the same for all methods, whatever they drew when they were built
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=callbacks(task, run) if ours else None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(run.seed)  # the same dropout for all methods, whatever they drew before
     start = time.perf_counter()
-    with quiet():
-        trainer.fit(learner, DataLoader(task.order, batch_size=None))
+    trainer.fit(learner, DataLoader(task.order, batch_size=None))
     seconds = time.perf_counter() - start
     count = summarize(learner).adapter_params if ours else sum(p.numel() for p in trained)
     return model, count, seconds

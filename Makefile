@@ -1,10 +1,12 @@
 # `make demo`: the main job on real data. `make test`: every check. `make sweep`: every architecture of timm and
 # transformers. `make soak`: the long run, broken at random. Each sets itself up in .venv once.
+# `make test-lowest`: all tests on the lowest versions that pyproject.toml declares, in .venv-lowest.
 PYTHON ?= python3
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: demo test bench sweep soak clean
+.PHONY: demo test test-lowest bench sweep soak clean
 
 demo: .venv/.examples
 	$(BIN)/python examples/vision_timm.py
@@ -14,6 +16,9 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-lowest: .venv-lowest/.test
+	$(LOWEST)/python -m pytest -r s
 
 bench: .venv/.test
 	$(BIN)/python benchmarks/step_time.py
@@ -35,5 +40,14 @@ soak: .venv/.test
 	$(INSTALL) '.[test]'
 	touch $@ .venv/.examples
 
+# uv picks the versions; it does not read pip's settings, so the index goes on to it, where pip has one set.
+.venv-lowest/.test: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/python -m pip install --quiet --disable-pip-version-check uv
+	UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(LOWEST)/python -m pip config get global.index-url 2>/dev/null)}}" \
+	UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-300} \
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .venv-lowest outputs

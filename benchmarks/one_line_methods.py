@@ -6,6 +6,8 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -74,10 +76,23 @@ def callbacks(task: Task, run: LineRun) -> list[UORACallback]:
     ]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No word from Lightning on devices and loaders; afterwards it speaks as before."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@quiet()
 def train(task: Task, run: LineRun) -> tuple[nn.Module, int, float]:
     """Fit one method. The model, its adapter parameters, and seconds of the fit."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ours = run.method in ("line", "line+inputs", "groups")
     torch.manual_seed(run.seed)
     kind = Method(run.method.removesuffix("-own"), run.rank)
@@ -92,9 +107,7 @@ def train(task: Task, run: LineRun) -> tuple[nn.Module, int, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    torch.manual_seed(
-        run.seed
-    )  # dropout is the same for all methods, whatever they drew when they were built
+    torch.manual_seed(run.seed)  # the same dropout for all methods, whatever they drew before
     start = time.perf_counter()
     trainer.fit(learner, DataLoader(task.order, batch_size=None))
     seconds = time.perf_counter() - start

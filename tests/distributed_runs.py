@@ -35,7 +35,7 @@ from lightning_uora import (
     summarize,
 )
 from lightning_uora.distributed.sharding import whole
-from tests.toys import Toy, trainer
+from tests.toys import TENSORS_ONLY, Toy, trainer
 
 RANK = 3  # odd, so that two ranks hold shards of unequal size
 BATCH = 8  # of all ranks together
@@ -183,7 +183,7 @@ def fitted(
     """One run of two epochs; the whole batch has eight rows, however many ranks share it."""
     options = {"limit_val_batches": 0, "use_distributed_sampler": False, **options}
     run = trainer(callback, *others, **options)
-    run.fit(model, datamodule=Shares(), ckpt_path=path, weights_only=True)
+    run.fit(model, datamodule=Shares(), ckpt_path=path, **TENSORS_ONLY)
     return run
 
 
@@ -367,7 +367,7 @@ def read(kind: str, path: Path) -> dict[str, torch.Tensor]:
     """
     model = Sharded()
     run = trainer(uora(kind), use_distributed_sampler=False, **sharded())
-    run.validate(model, datamodule=Shares(), ckpt_path=path, weights_only=True, verbose=False)
+    run.validate(model, datamodule=Shares(), ckpt_path=path, verbose=False, **TENSORS_ONLY)
     return {k: whole(v).clone() for k, v in model.state_dict().items() if not k.endswith(".record")}
 
 

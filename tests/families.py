@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import pytest
 import timm
 import torch
 import transformers
@@ -48,6 +49,8 @@ SMALLER = {
 def timm_model(name: str) -> tuple[nn.Module, torch.Tensor]:
     """The model in eval mode and one batch for it."""
     real, options = SMALLER.get(name, (name, {}))
+    if not timm.is_model(real):
+        pytest.skip(f"timm {timm.__version__} has no {real}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = timm.create_model(real, num_classes=3, **options).eval()

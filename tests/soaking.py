@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_uora import ReinitSchedule, UORACallback
-from tests.toys import Toy, data, trainer
+from tests.toys import TENSORS_ONLY, Toy, data, trainer
 
 REFRESH_EVERY, SAVE_EVERY = 10, 50
 Kind = Literal["full", "adapter"]
@@ -61,7 +61,7 @@ def fit(folder: Path, steps: int, kind: Kind, *callbacks: Callback) -> tuple[Soa
     )
     model, uora = made(), callback(kind)
     run = trainer(uora, saves, *callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
-    run.fit(model, data(64, 1), ckpt_path=newest(folder), weights_only=True)
+    run.fit(model, data(64, 1), ckpt_path=newest(folder), **TENSORS_ONLY)
     return model, run, uora
 
 

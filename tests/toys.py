@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+
+import lightning.pytorch.callbacks
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_uora import UORACallback
+
+TENSORS_ONLY = {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
+"""Lightning unpickles nothing but tensors; before 2.6 it had no such option."""
+
+needs_weight_averaging = pytest.mark.skipif(
+    not hasattr(lightning.pytorch.callbacks, "WeightAveraging"),
+    reason="WeightAveraging came with Lightning 2.6",
+)
 
 
 class Toy(LightningModule):

@@ -49,19 +49,8 @@ def reshard_(model: nn.Module) -> None:
 
     What is written into a whole copy would be lost.
     """
+    from torch.distributed.fsdp import FSDPModule  # takes its time to import
+
     for module in model.modules():
-        if isinstance(module, _fsdp_module()):
-            cast("_Resharding", module).reshard()
-
-
-class _Resharding:
-    def reshard(self) -> None: ...
-
-
-def _fsdp_module() -> type:
-    """FSDP2's mixin, which moved; imported where it is needed, because it takes its time."""
-    try:
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # torch 2.5
-        from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
-    return cast(type, FSDPModule)
+        if isinstance(module, FSDPModule):
+            module.reshard()

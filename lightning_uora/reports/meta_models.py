@@ -68,8 +68,14 @@ def _built(config: Any, transformers: Any) -> nn.Module:
             f"transformers has no class {named[0]!r}: its backbone, {type(model).__name__}, is counted.",
             stacklevel=2,
         )
-    dtype = getattr(config, "dtype", None)
+    dtype = _dtype(config)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def _dtype(config: Any) -> Any:
+    """``torch_dtype`` before transformers 4.56, which leaves a newer file's ``dtype`` a word."""
+    dtype = getattr(config, "dtype", None) or vars(config).get("torch_dtype")
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
 def _unknown(name: str, timm: Any, transformers: Any) -> ValueError:

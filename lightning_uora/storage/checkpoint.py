@@ -211,9 +211,9 @@ def load_from_checkpoint(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
-        module = module_class.load_from_checkpoint(
-            empty, map_location="cpu", strict=False, weights_only=True, **kwargs
-        )
+        # Written here, of what read_checkpoint let through: without ``weights_only``, which Lightning 2.5
+        # would hand on to the class.
+        module = module_class.load_from_checkpoint(empty, map_location="cpu", strict=False, **kwargs)
     if not any(True for _ in named_adapters(module)):
         attach_uora(module.get_submodule(manifest["root"]), config_of(manifest))
     hooks = CheckpointHooks(module, manifest["kind"], base_mismatch)

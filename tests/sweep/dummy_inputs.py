@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 BATCH, LENGTH = 2, 8
 Inputs = dict[str, Any]
@@ -25,10 +25,10 @@ AUDIO = ("audio_config", "audio_encoder_config", "encoder_config", "audio_encode
 TEXT = ("text_config", "decoder_config", "decoder", "text", "thinker_config", "text_encoder", "llm_config")
 
 
-def find(config: PreTrainedConfig, names: tuple[str, ...], parts: tuple[str, ...], default: Any) -> Any:
+def find(config: PretrainedConfig, names: tuple[str, ...], parts: tuple[str, ...], default: Any) -> Any:
     """The first field of these names, in the parts that should have it, then anywhere."""
-    candidates = [vars(config)[p] for p in parts if isinstance(vars(config).get(p), PreTrainedConfig)]
-    inner = [v for v in vars(config).values() if isinstance(v, PreTrainedConfig)]
+    candidates = [vars(config)[p] for p in parts if isinstance(vars(config).get(p), PretrainedConfig)]
+    inner = [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
     for place in [*candidates, config, *inner]:
         for name in names:
             value = getattr(place, name, None)
@@ -48,7 +48,7 @@ def pair(value: Any) -> tuple[int, int]:
 class Makers:
     """One method for each kind of argument."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
         self.generator = torch.Generator().manual_seed(3)
 
@@ -122,7 +122,7 @@ class Makers:
         return self.normal(BATCH, length) if size == 1 else self.normal(BATCH, length, size)
 
 
-def candidates(model: nn.Module, config: PreTrainedConfig) -> Iterator[tuple[str, Inputs]]:
+def candidates(model: nn.Module, config: PretrainedConfig) -> Iterator[tuple[str, Inputs]]:
     """Sets of inputs to try, the fullest first, each with a name for the table."""
     parameters = inspect.signature(model.forward).parameters
     required = [

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 LAYERS = re.compile(r"^(?!num_feat_extract)(\w+_)?(layers|layer|depth|blocks|n_layers?)$")
 DEPTHS = re.compile(r"^(\w+_)?(depths|layers|num_blocks|blocks)$")
@@ -100,12 +100,12 @@ def recipes() -> list[Recipe]:
     ]
 
 
-def shrink(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
+def shrink(config: PretrainedConfig, recipe: Recipe) -> PretrainedConfig:
     """A new configuration of the same class; parts are shrunk alike."""
     changed: dict[str, Any] = {}
     count = layer_count(config)
     for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PretrainedConfig):
             changed[name] = shrink(value, recipe)
         elif not name.startswith("_") and not isinstance(value, bool):
             new = smaller(name, value, config, recipe, count)
@@ -114,7 +114,7 @@ def shrink(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
     return type(config)(**{**changed, **REQUIRED.get(config.model_type, {})})
 
 
-def layer_count(config: PreTrainedConfig) -> int | None:
+def layer_count(config: PretrainedConfig) -> int | None:
     for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
         value = vars(config).get(name)
         if isinstance(value, int):
@@ -122,7 +122,7 @@ def layer_count(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def smaller(name: str, value: Any, config: PreTrainedConfig, recipe: Recipe, count: int | None) -> Any:
+def smaller(name: str, value: Any, config: PretrainedConfig, recipe: Recipe, count: int | None) -> Any:
     """The new value of one field; the old one where nothing is to be done."""
     if name in COEFFICIENTS and recipe.layers:
         return min(value, COEFFICIENTS[name])
@@ -141,7 +141,7 @@ def smaller(name: str, value: Any, config: PreTrainedConfig, recipe: Recipe, cou
     return value
 
 
-def smaller_number(name: str, value: int, config: PreTrainedConfig, recipe: Recipe) -> int:
+def smaller_number(name: str, value: int, config: PretrainedConfig, recipe: Recipe) -> int:
     rules: list[tuple[bool, Callable[[], int]]] = [
         (name.endswith(("vocab_size", "vocab", "num_embeddings")), lambda: min(value, VOCABULARY)),
         (bool(TOKEN.search(name)), lambda: token(value, recipe)),
@@ -163,7 +163,7 @@ def divisible(name: str, value: int, recipe: Recipe) -> bool:
     return recipe.divide > 1 and wide and bool(WIDTH.search(name)) and not NO_WIDTH.search(name)
 
 
-def image_size(value: int, config: PreTrainedConfig) -> int:
+def image_size(value: int, config: PretrainedConfig) -> int:
     patch = vars(config).get("patch_size")
     return min(value, 4 * patch) if isinstance(patch, int) else value
 

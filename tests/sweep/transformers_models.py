@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -42,7 +42,7 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-def classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+def classes(config_class: type[PretrainedConfig]) -> list[type[PreTrainedModel]]:
     """Models of a configuration: the one of ``AutoModel``, then those of its own file, bare ones first."""
     found = [MODEL_MAPPING[config_class]] if config_class in MODEL_MAPPING else []
     flat = [c for entry in found for c in (entry if isinstance(entry, (list, tuple)) else [entry])]
@@ -56,7 +56,7 @@ def classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]
     return list(dict.fromkeys([*flat, *fitting]))[:3]
 
 
-def configurations(model_type: str) -> Iterator[tuple[Recipe, PreTrainedConfig]]:
+def configurations(model_type: str) -> Iterator[tuple[Recipe, PretrainedConfig]]:
     """Configurations to try, the smallest first; those that cannot be made are left out."""
     errors = []
     made = False
@@ -72,7 +72,7 @@ def configurations(model_type: str) -> Iterator[tuple[Recipe, PreTrainedConfig]]
         raise NotRunnableError(f"no configuration: {errors[-1]}")
 
 
-def count(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int:
+def count(cls: type[PreTrainedModel], config: PretrainedConfig) -> int:
     """Parameters, counted without storage; 0 where a model cannot be made without."""
     try:
         with torch.device("meta"):
@@ -98,14 +98,14 @@ def build(model_type: str) -> Built:
     raise NotRunnableError(reasons[0] if reasons else "no model class")
 
 
-def trials(model_type: str) -> Iterator[tuple[type[PreTrainedModel], Recipe, PreTrainedConfig]]:
+def trials(model_type: str) -> Iterator[tuple[type[PreTrainedModel], Recipe, PretrainedConfig]]:
     found = classes(CONFIG_MAPPING[model_type])
     for recipe, config in configurations(model_type):
         for cls in found:
             yield cls, recipe, config
 
 
-def attempt(cls: type[PreTrainedModel], recipe: Recipe, config: PreTrainedConfig) -> Built:
+def attempt(cls: type[PreTrainedModel], recipe: Recipe, config: PretrainedConfig) -> Built:
     if count(cls, copy.deepcopy(config)) > LARGEST:
         raise NotRunnableError(f"more than {LARGEST:,} parameters")
     reasons: list[str] = []
@@ -145,7 +145,7 @@ def asleep(model: nn.Module) -> nn.Module:
     return model
 
 
-def with_placeholders(model: nn.Module, config: PreTrainedConfig, run: Run, inputs: dict[str, Any]) -> None:
+def with_placeholders(model: nn.Module, config: PretrainedConfig, run: Run, inputs: dict[str, Any]) -> None:
     """Put as many image (or video, or audio) tokens into the text as the model says it has features for."""
     if set(inputs) & {"input_ids"} and len(inputs) > 1:
         try:
@@ -155,7 +155,7 @@ def with_placeholders(model: nn.Module, config: PreTrainedConfig, run: Run, inpu
             place(str(error), config, inputs)
 
 
-def place(message: str, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
+def place(message: str, config: PretrainedConfig, inputs: dict[str, Any]) -> None:
     found = MISMATCH.search(message)
     if found is None:
         return

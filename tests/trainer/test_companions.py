@@ -115,7 +115,7 @@ def test_a_checkpoint_callback_saves_the_best_and_the_last(tmp_path, when: str):
 @pytest.mark.parametrize("summary", [ModelSummary, RichModelSummary])
 def test_a_model_summary_shows_the_adapted_model(capsys, caplog, summary):
     """Frozen and trained parameters as they are in training: 2 adapters of 4 + 6, a head of 21."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "lightning.pytorch")
     trainer(callback(), summary(max_depth=2)).fit(Toy(), data())
     shown = capsys.readouterr().out + caplog.text
     assert "41" in [word for word in shown.replace("│", " ").split() if word.isdigit()]

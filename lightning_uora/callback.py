@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_uora.adapters import Projections
@@ -133,6 +134,7 @@ class UORACallback(Callback):
         self._gradients_seen = False
         self._gradients: dict[str, Tensor] = {}
         self._saved_groups: list[list[int]] | None = None
+        self._optimizers_before: list[Optimizer] = []
         self._rates: list[tuple[dict[str, Any], Any]] = []
 
     @property
@@ -142,7 +144,7 @@ class UORACallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._saved_groups = None
+        self._saved_groups, self._optimizers_before = None, list(trainer.strategy.optimizers)
         check_companions(trainer, pl_module, self, stage)
         attach_in_time(pl_module, self.config, self.checkpoint, self._attached)
 
@@ -156,8 +158,7 @@ class UORACallback(Callback):
         self._gradients_seen = False
         self.summary = summarize(pl_module)
         log_counts(trainer, self.summary)
-        saved = self._saved_groups if trainer.ckpt_path else None  # finders restore files of their own
-        groups = set_vector_rates(trainer, pl_module, self.vector_lr, saved)
+        groups = set_vector_rates(trainer, pl_module, self.vector_lr, self._saved_groups)
         self._rates = [(group, group["lr"]) for group in groups]
         print_table(trainer, pl_module, self.summary)
 
@@ -227,4 +228,5 @@ class UORACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._gradients = checkpoint.get("uora_gradients", {})
-        self._saved_groups = saved_groups(checkpoint)
+        if trainer.strategy.optimizers == self._optimizers_before:  # else a finder puts back what it saved
+            self._saved_groups = saved_groups(checkpoint)

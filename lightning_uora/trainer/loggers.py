@@ -33,7 +33,7 @@ def print_table(trainer: Trainer, pl_module: LightningModule, summary: Summary) 
     if not (trainer.is_global_zero and any(isinstance(one, ModelSummary) for one in callbacks_of(trainer))):
         return
     parts = {"vectors": vectors_of(pl_module), **trained_parts(pl_module)}
-    found = rates_by_parameter(trainer.optimizers)
+    found = rates_by_parameter(trainer)
     rates = {
         name: ", ".join(dict.fromkeys(f"{found[p]:g}" for p in parameters if p in found)) or "none"
         for name, parameters in parts.items()

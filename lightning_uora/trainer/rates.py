@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_uora.adapters import named_adapters
+from lightning_uora.trainer.schedules import peak_rate
 from lightning_uora.trainer.steps import callbacks_of
 from lightning_uora.trainer.vector_groups import Move, moves, obstacle, split, take_in
 
@@ -73,7 +74,7 @@ def vectors_of(pl_module: LightningModule) -> list[nn.Parameter]:
 
 def _carry_out(move: Move, vector_lr: VectorRate, saved: list[int] | None) -> None:
     for place in move.alone:
-        _warn_of_users_group(move, move.optimizer.param_groups[place])
+        _warn_of_users_group(move, place)
     if not (move.found or move.missing):
         return
     name = type(move.optimizer).__name__
@@ -112,11 +113,12 @@ def _leave_alone(move: Move, name: str) -> None:
             f"{name} was built without {len(move.missing)} adapter vectors, and vector_lr=None leaves it "
             'alone: nothing would train them. Use vector_lr="auto", or build it in configure_optimizers.'
         )
-    if is_adaptive(move.optimizer) and _peak(move.optimizer.param_groups[next(iter(move.found))]) < SLOW:
+    if is_adaptive(move.optimizer) and move.peak(next(iter(move.found))) < SLOW:
         _warn_of_slow_vectors(move.optimizer, move.rate)
 
 
-def _warn_of_users_group(move: Move, group: Mapping[str, Any]) -> None:
+def _warn_of_users_group(move: Move, place: int) -> None:
+    group = move.optimizer.param_groups[place]
     others = [other for other in move.optimizer.param_groups if other is not group]
     if any("max_lr" in group and other.get("max_lr") == group["max_lr"] for other in others):
         peak = float(group["max_lr"])
@@ -124,8 +126,8 @@ def _warn_of_users_group(move: Move, group: Mapping[str, Any]) -> None:
             f"One max_lr={peak:g} for all groups takes the adapter vectors' own rate from them; give the "
             f"schedule a list, max_lr=[{peak:g}, {AUTO_RATE:g}], in the order of the groups."
         )
-    elif is_adaptive(move.optimizer) and _peak(group) < SLOW:
-        _warn_of_slow_vectors(move.optimizer, _peak(group))
+    elif is_adaptive(move.optimizer) and move.peak(place) < SLOW:
+        _warn_of_slow_vectors(move.optimizer, move.peak(place))
     if group.get("weight_decay"):
         rank_zero_warn(
             f"weight_decay={group['weight_decay']:g} on the adapter vectors pulls what they learned towards "
@@ -146,11 +148,6 @@ def is_adaptive(optimizer: Optimizer) -> bool:
     if isinstance(optimizer, torch.optim.RMSprop):
         return True
     return "betas" in optimizer.defaults
-
-
-def _peak(group: Mapping[str, Any]) -> float:
-    """The highest rate that a group's schedule gives, as far as its options say."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
 def saved_groups(checkpoint: Mapping[str, Any]) -> list[list[int]] | None:
@@ -182,9 +179,14 @@ def keep_rates(trainer: Trainer, rates: Sequence[tuple[dict[str, Any], Any]]) ->
             group["lr"] = rate
 
 
-def rates_by_parameter(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, float]:
+def rates_by_parameter(trainer: Trainer) -> dict[nn.Parameter, float]:
     """The peak rate at which every parameter that an optimizer knows trains."""
-    return {p: _peak(group) for one in optimizers for group in one.param_groups for p in group["params"]}
+    found: dict[nn.Parameter, float] = {}
+    for optimizer in trainer.optimizers:
+        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
+        for place, group in enumerate(optimizer.param_groups):
+            found |= dict.fromkeys(group["params"], peak_rate(schedulers, place, group))
+    return found
 
 
 def current_rate(optimizers: Sequence[Optimizer], vectors: Sequence[nn.Parameter]) -> float | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-__all__ = ["follow", "own_shape", "unknown_schedulers"]
+__all__ = ["follow", "own_shape", "peak_rate", "unknown_schedulers"]
 
 # Note [A schedule and its groups]
 # A scheduler keeps lists with an entry for each group (base_lrs, lr_lambdas, max_lrs, min_lrs, _last_lr), and
@@ -50,6 +50,16 @@ def unknown_schedulers(schedulers: Sequence[Any]) -> list[str]:
     return [type(one).__name__ for one in _every(schedulers) if not (_is_known(one) or _is_timm(one))]
 
 
+def peak_rate(schedulers: Sequence[Any], place: int, group: Mapping[str, Any] | None = None) -> float:
+    """The highest rate that a group comes to, as far as its schedules say."""
+    for one in _every(schedulers):
+        if isinstance(one, lr_scheduler.CyclicLR):
+            return float(one.max_lrs[place])
+        group = one.optimizer.param_groups[place]
+    assert group is not None
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
 def own_shape(schedulers: Sequence[Any], place: int) -> tuple[Any, ...]:
     """What a group's schedule has that other groups' may not: its functions, the height of its cycle."""
     found: list[Any] = []
@@ -67,6 +77,8 @@ def own_shape(schedulers: Sequence[Any], place: int) -> tuple[Any, ...]:
 def follow(schedulers: Sequence[Any], source: int, group: dict[str, Any]) -> None:
     """Give the newest group of an optimizer its entries in the optimizer's schedulers, and its first rate.
 
+    See Note [A schedule and its groups].
+
     Args:
         schedulers: All that move the optimizer's rates; none of :func:`unknown_schedulers`.
         source: Place of the group whose schedule it follows.
@@ -75,15 +87,15 @@ def follow(schedulers: Sequence[Any], source: int, group: dict[str, Any]) -> Non
     every = list(_every(schedulers))
     if not every:
         return
-    origin, peak = every[0].optimizer.param_groups[source], group["lr"]
-    whole = origin.get("max_lr", origin["initial_lr"])
-    group["initial_lr"] = _copied(peak)
+    origin, peak = every[0].optimizer.param_groups[source], _copied(group["lr"])
+    if "initial_lr" in origin:  # a plateau alone knows nothing of a start
+        group["initial_lr"] = _copied(peak)
     for one in every:
         _extend(one, source, origin, group, peak)
     if any(getattr(one, "last_epoch", 0) > 0 for one in every):  # a schedule that is under way
-        group["lr"] = _scaled(peak, origin["lr"], whole)
+        _set(group, _scaled(peak, origin["lr"], peak_rate(schedulers, source)))
     else:
-        group["lr"] = _copied(group["initial_lr"])
+        _set(group, group.get("initial_lr", peak))
         for one in schedulers:
             _begin(one, group)
     for one in every:
@@ -97,10 +109,12 @@ def _extend(one: Any, source: int, origin: dict[str, Any], group: dict[str, Any]
         if hasattr(one, name):
             setattr(one, name, [*getattr(one, name), getattr(one, name)[source]])
     if isinstance(one, lr_scheduler.OneCycleLR):
+        peak = _like(peak, origin["max_lr"])
         group["max_lr"] = peak
         group["initial_lr"] = _scaled(peak, origin["initial_lr"], origin["max_lr"])
         group["min_lr"] = _scaled(group["initial_lr"], origin["min_lr"], origin["initial_lr"])
     if isinstance(one, lr_scheduler.CyclicLR):
+        peak = _like(peak, one.max_lrs[source])
         group["initial_lr"] = _scaled(peak, one.base_lrs[source], one.max_lrs[source])
         one.max_lrs = [*one.max_lrs, peak]
     if hasattr(one, "base_lrs"):
@@ -128,7 +142,7 @@ def _begin(one: Any, group: dict[str, Any]) -> None:
         for inner in one._schedulers:
             _begin(inner, group)
     elif _is_timm(one):
-        group["lr"] = one.warmup_lr_init if one.warmup_t else group["lr"]
+        _set(group, one.warmup_lr_init if one.warmup_t else group["lr"])
     elif not isinstance(one, lr_scheduler.ReduceLROnPlateau):
         lists = {name: getattr(one, name)[-1:] for name in (*COPIED, "max_lrs") if hasattr(one, name)}
         alone = _alone(one, optimizer=SimpleNamespace(param_groups=[group]), last_epoch=0, **lists)
@@ -137,7 +151,8 @@ def _begin(one: Any, group: dict[str, Any]) -> None:
             True,
             True,
         )
-        (group["lr"],) = alone.get_lr()
+        (rate,) = alone.get_lr()
+        _set(group, rate)
 
 
 def _alone(one: Any, **changed: Any) -> Any:
@@ -176,6 +191,19 @@ def _ratio(part: Any, whole: Any) -> float:
 def _scaled(rate: Any, part: Any, whole: Any) -> Any:
     """``rate * part / whole``, bit for bit what comes of writing the divisor (``div_factor``) by hand."""
     return rate / _ratio(part, whole)
+
+
+def _set(group: dict[str, Any], rate: Any) -> None:
+    """A group's rate; a tensor stays the tensor that it is, as torch's schedulers have it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _like(rate: Any, other: Any) -> Any:
+    """A number where the schedule was given numbers, even if the optimizer was given a tensor."""
+    return float(f"{float(rate):.7g}") if isinstance(rate, Tensor) and not isinstance(other, Tensor) else rate
 
 
 def _copied(rate: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_uora.trainer.schedules import follow, own_shape, unknown_schedulers
+from lightning_uora.trainer.schedules import follow, own_shape, peak_rate, unknown_schedulers
 
 __all__ = ["GROUP", "Move", "moves", "obstacle", "split", "take_in"]
 
@@ -43,8 +43,11 @@ class Move:
     @property
     def rate(self) -> float:
         """The rate at which the vectors would train if nothing were done."""
-        place = next(iter([*self.found, *self.alone]), 0)
-        return float(self.optimizer.param_groups[place]["lr"])
+        return self.peak(next(iter([*self.found, *self.alone]), 0))
+
+    def peak(self, place: int) -> float:
+        """The highest rate that a group comes to."""
+        return peak_rate(self.schedulers, place, self.optimizer.param_groups[place])
 
 
 def moves(

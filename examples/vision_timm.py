@@ -28,7 +28,15 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
-from lightning_uora import UORACallback, UORAConfig, attach_uora, param_groups, plot_refreshes, plot_vectors
+from lightning_uora import (
+    UORACallback,
+    UORAConfig,
+    adapters_disabled,
+    attach_uora,
+    param_groups,
+    plot_refreshes,
+    plot_vectors,
+)
 
 
 class Images(LightningDataModule):
@@ -121,19 +129,28 @@ def pretrained_small_vit(kept: Path) -> nn.Module:
 
 
 def draw(result: Result, data: Images, out: Path) -> None:
-    """Eight test images with the guesses, the vectors, and the timeline of refreshes."""
-    held = data.parts[1]
-    images = torch.stack([held[i * (len(held) // 8)][0] for i in range(8)])
+    """Eight test images with what is said of them before and after, the vectors, the refreshes."""
+    held, model = data.parts[1], result.module.eval().cpu().model
+    images, labels = zip(*(held[i * (len(held) // 8)] for i in range(8)), strict=True)
+    batch = torch.stack(images)
     with torch.inference_mode():
-        guesses = result.module.eval().cpu().model(images).argmax(1)
-    figure = Figure(figsize=(9, 1.6), layout="constrained")
-    for image, guess, place in zip(images, guesses, figure.subplots(1, 8), strict=True):
-        place.imshow(((image - image.min()) / (image.max() - image.min())).permute(1, 2, 0), cmap="gray")
-        place.set_title(data.names[guess], fontsize=9)
-        place.axis("off")
+        after = model(batch).argmax(1)
+        with adapters_disabled(result.module):
+            before = model(batch).argmax(1)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    rows = figure.subplots(2, 8)
+    for places, guesses, when in zip(rows, (before, after), ("frozen base", "adapted"), strict=True):
+        places[0].set_ylabel(when, fontsize=11)
+        for image, label, guess, place in zip(images, labels, guesses.tolist(), places, strict=True):
+            place.imshow(((image - image.min()) / (image.max() - image.min())).permute(1, 2, 0), cmap="gray")
+            right = guess == int(label)
+            said = f"{data.names[guess]}: right" if right else f"{data.names[guess]}: wrong"
+            place.set_title(said, fontsize=9, color="tab:blue" if right else "tab:orange")
+            place.set_xlabel(f"is {data.names[int(label)]}", fontsize=8)
+            place.set(xticks=[], yticks=[])
     figure.savefig(out / "guesses.png", dpi=120)
     plot_vectors(result.module).savefig(out / "vectors.png", dpi=120)
-    plot_refreshes(result.callbacks[0].refreshes).savefig(out / "refreshes.png", dpi=120)
+    plot_refreshes(result.module).savefig(out / "refreshes.png", dpi=120)
 
 
 def selects(model: nn.Module, targets: str) -> bool:

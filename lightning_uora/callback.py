@@ -144,8 +144,8 @@ class UORACallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._saved_groups, self._optimizers_before = None, list(trainer.strategy.optimizers)
         check_companions(trainer, pl_module, self, stage)
+        self._saved_groups, self._optimizers_before = None, list(trainer.strategy.optimizers)
         attach_in_time(pl_module, self.config, self.checkpoint, self._attached)
 
     def _attached(self, pl_module: LightningModule, owner: Projections) -> None:

@@ -94,11 +94,10 @@ class BuiltEarly(Toy):
         return [self.optimizer], [{"scheduler": self.scheduler, "interval": "step"}]
 
 
-def test_vectors_missing_from_an_early_optimizer_are_added_with_a_warning():
+def test_vectors_missing_from_an_early_optimizer_get_a_group():
     model = BuiltEarly()
-    with pytest.warns(UserWarning, match=r"without 4 adapter vectors \(body.0.uora_d, ...\).*lr="):
-        trainer(callback()).fit(model, data())
-    assert len(model.optimizer.param_groups) == 1
+    trainer(callback()).fit(model, data())
+    assert [group.get("name") for group in model.optimizer.param_groups] == [None, "uora_vectors"]
     assert all(m.uora_b.abs().max() > 0 for _, m in named_adapters(model))
     assert all((m.uora_d != 0.1).any() for _, m in named_adapters(model))
 

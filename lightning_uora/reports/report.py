@@ -1,23 +1,19 @@
-"""What an adapted model trains, as numbers and as a table; its vectors and refreshes as figures."""
+"""What an adapted model trains, as numbers and as a table."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_uora.adapters import AdaptedModule, find_owner, named_adapters, projections_of
-from lightning_uora.distributed import whole
+from lightning_uora.adapters import find_owner, named_adapters
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["LayerSummary", "Summary", "plot_refreshes", "plot_vectors", "summarize", "trained_parts"]
+__all__ = ["LayerSummary", "Summary", "summarize", "trained_parts"]
 
 
 T = TypeVar("T", bound=tuple[int, ...])
@@ -69,7 +65,7 @@ class Summary:
         """
         rates = rates or {}
         within, groups = grouped([(layer.name, (layer.m, layer.n, layer.rank)) for layer in self.layers])
-        table = Table(title="UORA", caption=f"names within {within}" if within else None)
+        table = Table(title="UORA adapters", caption=f"names within {within}" if within else None)
         table.add_column("what", overflow="fold", min_width=12)
         for column in ("layers", "m x n", "trainable", *(["lr"] if rates else [])):
             table.add_column(column, justify="right", no_wrap=True)
@@ -155,85 +151,3 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     biases = [p for full, p in rest.items() if full.rpartition(".")[2].endswith("bias")]
     found |= {full: [p] for full, p in rest.items() if not full.rpartition(".")[2].endswith("bias")}
     return found | ({"biases": biases} if biases else {})
-
-
-def plot_vectors(model: nn.Module) -> Figure:
-    """Heat map of the magnitudes of d by layer and direction, refreshed entries marked; histograms by layer.
-
-    Args:
-        model: The root that was given to ``attach_uora``. If it is sharded every rank must call this.
-
-    Returns:
-        A matplotlib figure that is not registered with pyplot (nothing to close).
-
-    Raises:
-        ImportError: matplotlib is not installed (extra ``plot``).
-        ValueError: The model is not adapted.
-    """
-    record = projections_of(model).record
-    layers = list(named_adapters(model))
-    magnitudes = [whole(module.uora_d.detach()).abs().float().cpu().numpy() for _, module in layers]
-    figure = _figure(10, 1.5 + 0.22 * len(layers))
-    heat, histogram = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
-    image = heat.imshow(magnitudes, aspect="auto", interpolation="nearest", cmap="viridis")
-    figure.colorbar(image, ax=heat, label="|d|", location="left", pad=0.22)
-    for row, (_, module) in enumerate(layers):
-        marked = sorted(_refreshed(record, module))
-        heat.plot(marked, [row] * len(marked), "r.", markersize=3)
-        counts, edges = _histogram(magnitudes[row])
-        middles = (edges[:-1] + edges[1:]) / 2
-        histogram.fill_between(
-            middles, row + 0.45, row + 0.45 - 0.9 * counts / max(counts.max(), 1), alpha=0.7
-        )
-    heat.set(xlabel="direction (red: refreshed)", yticks=range(len(layers)))
-    heat.set_yticklabels([name or "(root)" for name, _ in layers], fontsize=6)
-    histogram.set(xlabel="|d|")
-    return figure
-
-
-def plot_refreshes(model_or_records: nn.Module | Sequence[dict[str, Any]]) -> Figure:
-    """Timeline: which projections were refreshed after which step, and how many rows.
-
-    Args:
-        model_or_records: An adapted model, or ``callback.refreshes``.
-
-    Returns:
-        A matplotlib figure that is not registered with pyplot.
-
-    Raises:
-        ImportError: matplotlib is not installed (extra ``plot``).
-        ValueError: The model is not adapted.
-    """
-    model = model_or_records
-    records = projections_of(model).record if isinstance(model, nn.Module) else list(model)
-    keys = list(dict.fromkeys(key for record in records for key in record["rows"]))
-    figure = _figure(8, 1.5 + 0.18 * len(keys))
-    axes = figure.subplots()
-    points = [(r["step"], keys.index(key), len(rows)) for r in records for key, rows in r["rows"].items()]
-    if points:
-        steps, places, counts = zip(*points, strict=True)
-        drawn = axes.scatter(steps, places, c=counts, s=30, cmap="plasma")
-        figure.colorbar(drawn, ax=axes, label="rows refreshed")
-    axes.set(xlabel="optimizer step", yticks=range(len(keys)), title=f"{len(records)} refreshes")
-    axes.set_yticklabels(keys, fontsize=6)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'lightning-uora[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _histogram(values: Any) -> tuple[Any, Any]:
-    import numpy
-
-    return numpy.histogram(values, bins=30)
-
-
-def _refreshed(record: Sequence[dict[str, Any]], module: AdaptedModule) -> set[int]:
-    """Directions of a layer whose row of A was ever refreshed."""
-    keys = {f"A_{part.n}{own}" for part in module.adapted_parts for own in ("", f"_{module.layer_index}")}
-    return {i for entry in record for key, rows in entry["rows"].items() if key in keys for i in rows}

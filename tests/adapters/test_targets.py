@@ -277,7 +277,10 @@ def test_trainable_modules_by_pattern_or_none(vit: nn.Module):
         ({"target_modules": "norm1"}, r"'blocks.0.norm1' is a LayerNorm; UORA adapts nn.Linear"),
         ({"target_modules": "blocks.0"}, r"'blocks.0', which hold no weight of a kind"),
         ({"exclude_modules": ["fc9"]}, r"exclude_modules='fc9' matches no module. Near misses: 'fc"),
-        ({"trainable_modules": ["haed"]}, r"trainable_modules='haed' matches no module. Near misses: 'head'"),
+        (
+            {"trainable_modules": ["haed"]},
+            r"'haed' matches no module or parameter. Near misses: 'head'",
+        ),
         ({"target_modules": "all", "dropout": 0.1}, r"dropout=0.1 needs .* 'patch_embed.proj' is a Conv2d"),
     ],
 )

@@ -24,26 +24,48 @@ def refreshed(tmp_path=None, share: str = "layer"):
 @pytest.mark.parametrize("share", ["model", "layer"])
 def test_vectors_are_drawn_by_layer_with_refreshed_entries_marked(share: str):
     model, uora = refreshed(share=share)
-    heat, histogram, _ = plot_vectors(model).axes
+    heat, spread, _ = plot_vectors(model).axes
     drawn = torch.tensor(heat.images[0].get_array())
     torch.testing.assert_close(
         drawn, torch.stack([m.uora_d.detach().abs() for _, m in named_adapters(model)])
     )
+    assert heat.images[0].norm.vmin == 0
     for index, line in enumerate(heat.lines):
         key = "A_6" if share == "model" else f"A_6_{index}"
         assert sorted(line.get_xdata()) == sorted({i for r in uora.refreshes for i in r["rows"][key]})
-    assert [t.get_text() for t in heat.get_yticklabels()] == ["body.0", "body.2"]
-    assert len(histogram.collections) == 2
+    assert [t.get_text() for t in heat.get_yticklabels()] == ["0", "2"]  # of body
+    for number, (_, module) in enumerate(named_adapters(model)):
+        low, middle, high = module.uora_b.detach().abs().quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+        assert list(spread.lines[2 * number].get_xdata()) == pytest.approx([low, high])
+        assert list(spread.lines[2 * number + 1].get_xdata()) == pytest.approx([middle])
 
 
-def test_timeline_from_a_model_equals_that_from_records():
-    model, uora = refreshed()
-    for source in (model, uora.refreshes):
+@pytest.mark.parametrize("share", ["model", "layer"])
+def test_refreshes_are_shares_of_directions_by_layer_and_step(share: str):
+    model, uora = refreshed(share=share)
+    for source, unit in ((model, 100 / 4), (uora.refreshes, 1.0)):
         axes = plot_refreshes(source).axes[0]
-        points = axes.collections[0].get_offsets().tolist()
-        assert sorted({x for x, _ in points}) == [3.0, 6.0]
-        assert len(points) == sum(len(r["rows"]) for r in uora.refreshes)
+        table = torch.tensor(axes.images[0].get_array())
+        keys = ["A_6", "B_6"] if share == "model" else ["A_6_0", "A_6_1"]
+        expected = [[unit * len(r["rows"].get(key, ())) for r in uora.refreshes] for key in keys]
+        assert table.tolist() == expected
+        assert axes.images[0].norm.vmin == 0
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["3", "6"]
+        names = ["0", "2"] if source is model else ["layer 0", "layer 1"]
+        names = names if share == "layer" else ["all of width 6", "all of height 6, columns of B"]
+        assert [t.get_text() for t in axes.get_yticklabels()] == names
     assert plot_refreshes([]).axes[0].get_title() == "0 refreshes"
+
+
+def test_rows_of_b_have_lines_of_their_own():
+    records = [{"step": 5, "rows": {"A_6_1": [0, 2], "B_9_1": [0, 2], "B_9_1:rows": [1], "B_4_0": [3]}}]
+    axes = plot_refreshes(records).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "layer 0, columns of B",
+        "layer 1",
+        "layer 1, rows of B",
+    ]
+    assert torch.tensor(axes.images[0].get_array()).flatten().tolist() == [1.0, 2.0, 1.0]
 
 
 def test_images_reach_tensorboard(tmp_path):

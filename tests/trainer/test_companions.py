@@ -130,7 +130,7 @@ def test_the_learning_rate_monitor_sees_the_groups(tmp_path):
 
     monitor, logger = LearningRateMonitor(), CSVLogger(tmp_path)
     trainer(callback(), monitor, logger=logger, log_every_n_steps=1).fit(Groups(), data())
-    assert monitor.lrs["lr-AdamW/pg1"] != monitor.lrs["lr-AdamW/pg2"]
+    assert monitor.lrs["lr-AdamW/others"] != monitor.lrs["lr-AdamW/uora_vectors"]
 
 
 def test_backbone_finetuning_is_refused():
@@ -168,12 +168,14 @@ def test_gradient_clipping_reaches_the_vectors(algorithm: str):
 
     model = Plain()
     head = model.head.weight.clone()
-    trainer(callback(), gradient_clip_val=1e-12, gradient_clip_algorithm=algorithm).fit(model, data())
+    trainer(callback(vector_lr=1.0), gradient_clip_val=1e-12, gradient_clip_algorithm=algorithm).fit(
+        model, data()
+    )
     assert torch.allclose(model.head.weight, head, atol=1e-9)
     for _, module in named_adapters(model):
         assert module.uora_b.abs().max() < 1e-9
     free = Plain()
-    trainer(callback()).fit(free, data())
+    trainer(callback(vector_lr=1.0)).fit(free, data())
     assert all(module.uora_b.abs().max() > 1e-3 for _, module in named_adapters(free))
 
 

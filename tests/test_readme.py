@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_uora import UORACallback, UORAConfig, attach_uora
 from lightning_uora.cli import main
+from lightning_uora.trainer.rates import AUTO_RATE
 from tests import families
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-VISION, TEXT, PLAIN, INPUTS, FILES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+VISION, TEXT, GROUPS, PLAIN, INPUTS, FILES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -59,11 +60,19 @@ def vectors_moved(trainer) -> bool:
 def test_the_lines_for_vision_and_text_train(small):
     exec(VISION + TEXT, small)
     vision, text = small["made"]
-    for trainer in (vision, text):
+    for trainer, rate in ((vision, 1e-4), (text, 2e-5)):
         assert vectors_moved(trainer)
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        assert rates == [1e-3, 1e-2]
-    assert sum(m.uora_d.numel() == 1024 for m in vision.lightning_module.modules() if hasattr(m, "uora_d"))
+        assert rates == [rate, AUTO_RATE]
+    assert f"`uora_vectors`, at {AUTO_RATE:g} under" in README
+    assert sum(m.uora_d.numel() == 256 for m in vision.lightning_module.modules() if hasattr(m, "uora_d"))
+
+
+def test_the_groups_written_by_hand_run(small):
+    exec(VISION, small)
+    names = {**small, "module": small["made"][0].lightning_module}
+    exec(GROUPS, names)
+    assert [group["max_lr"] for group in names["optimizer"].param_groups] == [1e-4, 1e-2]
 
 
 def test_the_lines_without_a_trainer_run(small, capsys):

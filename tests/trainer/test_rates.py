@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import lr_scheduler as S  # noqa: N812 - many names of it
 
 from lightning_uora import ReinitSchedule, UORACallback, attach_uora, param_groups
-from lightning_uora.trainer.rates import AUTO_RATE
+from lightning_uora.trainer.rates import auto_rate
 from tests.toys import BUILT, Toy, callback, data, equal_batches, trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when")
@@ -324,10 +324,17 @@ def test_auto_gives_the_vectors_a_group_wherever_the_model_is_built(toy):
     trainer(callback()).fit(module, data())
     others, vectors = module.trainer.optimizers[0].param_groups
     assert vectors["name"] == "uora_vectors"
-    assert (vectors["lr"], vectors["weight_decay"]) == (AUTO_RATE, 0.0)
+    assert (vectors["lr"], vectors["weight_decay"]) == (auto_rate(8), 0.0)
     assert (others["lr"], others["weight_decay"]) == (2e-5, 0.01)
     found = {name for name, p in module.named_parameters() if any(p is v for v in vectors["params"])}
     assert found == {name for name, _ in module.named_parameters() if is_vector(name)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate"), [(None, 0.01), (100_000, 0.01), (1_000, 0.01), (250, 0.02), (90, 0.033), (3, 0.05)]
+)
+def test_the_automatic_rate_is_absolute_and_higher_in_short_runs(steps, rate):
+    assert auto_rate(steps) == rate
 
 
 def test_groups_with_and_without_decay_give_one_group_of_vectors():
@@ -538,7 +545,7 @@ def test_the_finder_of_rates_sets_that_of_the_rest_alone(tmp_path, first: str):
     trainer(*order, default_root_dir=tmp_path, max_epochs=20).fit(module)
     others, vectors = module.trainer.optimizers[0].param_groups
     assert others["lr"] == module.lr != 1e-4
-    assert vectors["lr"] == AUTO_RATE
+    assert vectors["lr"] == auto_rate(80)
 
 
 def test_the_monitor_and_the_loggers_show_the_rate_and_how_far_the_adapters_moved(tmp_path):
@@ -552,7 +559,7 @@ def test_the_monitor_and_the_loggers_show_the_rate_and_how_far_the_adapters_move
     rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:]]
     moved = [row for row in rows if row["uora/update_ratio"]]
     assert [int(row["step"]) for row in moved] == [4, 8]
-    assert [float(row["uora/vector_lr"]) for row in moved] == [AUTO_RATE, AUTO_RATE]
+    assert [float(row["uora/vector_lr"]) for row in moved] == [auto_rate(8)] * 2
     ratios = []
     for name in ("0", "2"):
         layer = module.body.get_submodule(name)

@@ -121,7 +121,7 @@ def test_the_judge_passes_what_is_right_and_counts_live_layers():
 def test_the_judge_fails_a_model_that_goes_past_the_adapter():
     row = last(ReadsTheFrozenWeight())
     assert row.verdict == "failed"
-    assert row.reason.startswith("merged output differs")
+    assert "merged output differs" in row.reason  # a fresh one where the processor tells frozen weights apart
 
 
 def test_the_judge_tells_what_does_not_run_without_us_and_what_is_refused():

@@ -143,7 +143,7 @@ def test_separate_attention_has_one_a_for_each_width(kdim: int, vdim: int):
 
 def test_the_fused_path_of_a_transformer_layer_is_not_taken_and_every_part_is_seen():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 2)
-    first = copy.deepcopy(model.layers[0])
+    first = copy.deepcopy(model.layers[0]).eval()
     calibrate(adapted(model, "all-linear"), [x := skewed(9, 5, 6)])
     check_axes(own(model, "layers.0.self_attn", 6), x.reshape(-1, 6))
     middle = first.norm1(x + first.self_attn(x, x, x)[0])

@@ -68,10 +68,11 @@ class UORACallback(Callback):
         checkpoint: ``"full"`` checkpoints hold everything; ``"adapter"`` ones hold what trained, the base's
             buffers and how to rebuild A and B, and want the same base when they are loaded.
         vector_lr: Learning rate of the vectors d and b. ``"auto"``: 0.01 under Adam, AdamW and their kind, in
-            runs of fewer than 1,000 steps up to 0.05 (0.01 x the root of 1,000 / steps), wherever the module's optimizer has the vectors among other parameters or does not know them.
-            They get a group of their own, ``uora_vectors``, without weight decay, that follows the schedule
-            of the group that they came from. A group that holds vectors alone is yours and stays. A number:
-            that rate, under any optimizer. None: the optimizer is left alone.
+            runs of fewer than 1,000 steps up to 0.05 (0.01 x the root of 1,000 / steps), wherever the
+            module's optimizer has the vectors among other parameters or does not know them. They get a group
+            of their own, ``uora_vectors``, without weight decay, that follows the schedule of the group that
+            they came from. A group that holds vectors alone is yours and stays. A number: that rate, under
+            any optimizer. None: the optimizer is left alone.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.

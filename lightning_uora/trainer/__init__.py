@@ -1,4 +1,4 @@
-"""Lightning's side: what the callback's hooks call, and what else a Trainer holds that adapters go with."""
+"""Lightning's side: what the callback's hooks call, optimizers' rates, what adapters go with in a Trainer."""
 
 from lightning_uora.trainer.attachment import (
     attach_in_time,

@@ -73,7 +73,9 @@ def packed(rows: list[dict[str, list[int]]], size: int, shuffle: bool) -> DataLo
 def answer(module: LanguageModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """What the model answers, greedily."""
     messages = [{"role": "user", "content": question}]
-    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    tokens = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     ids = module.model.generate(**tokens.to(module.device), max_new_tokens=40, do_sample=False)
     return tokenizer.decode(ids[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 

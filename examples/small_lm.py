@@ -131,4 +131,5 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pad_token="<|end|>",
         padding_side="left",
         chat_template=CHAT,
+        model_input_names=["input_ids", "attention_mask"],
     )

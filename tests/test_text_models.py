@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import LightningModule
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
@@ -211,10 +212,11 @@ def test_from_pretrained_in_half_precision_trains_float32_vectors(name: str, dty
     """At lr 1e-4 a bfloat16 vector would stay where it was: 0.1 has no neighbour that near."""
     build(name).save_pretrained(tmp_path)
     kind = type(build(name))
-    model = kind.from_pretrained(tmp_path, dtype=dtype)
+    half = {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": dtype}
+    model = kind.from_pretrained(tmp_path, **half)
     assert dtype in {p.dtype for p in model.parameters()}  # T5 keeps some of float16 in float32
     attach_uora(model, UORAConfig(rank=4, trainable_modules=()))
-    base = kind.from_pretrained(tmp_path, dtype=dtype).requires_grad_(False)
+    base = kind.from_pretrained(tmp_path, **half).requires_grad_(False)
     with torch.no_grad():  # and frozen: only then are kernels sure to be the same
         assert torch.equal(model(**batch(name)).loss, base(**batch(name)).loss)
     for _, module in named_adapters(model):

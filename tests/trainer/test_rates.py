@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import warnings
 
+import lightning
 import pytest
+import timm
 import timm.scheduler
 import torch
 import transformers
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from packaging.version import Version
 from torch import nn
 from torch.optim import lr_scheduler as S  # noqa: N812 - many names of it
 
@@ -20,6 +23,7 @@ from lightning_uora.trainer.rates import auto_rate
 from tests.toys import BUILT, Toy, callback, data, equal_batches, trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when")
+EPOCH = pytest.mark.filterwarnings("ignore:The epoch parameter in")  # torch 2.7, of its own SequentialLR
 RATE = 0.02
 """Of the vectors, where a test says nothing else; the rest has 1e-3."""
 
@@ -151,7 +155,10 @@ class Written(Toy):
         if self.timm is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # timm's plateau is on its way out
-                scheduler = self.timm(optimizer)
+                try:
+                    scheduler = self.timm(optimizer)
+                except TypeError as error:  # its plateau passes what this torch no longer takes
+                    pytest.skip(f"timm {timm.__version__} with torch {torch.__version__}: {error}")
         else:
             scheduler = self.make(optimizer, [1e-3, RATE][: len(optimizer.param_groups)])
         if scheduler is None:
@@ -196,6 +203,7 @@ def both(fit=None, **options) -> tuple[Written, Written]:
     return hand, ours
 
 
+@EPOCH
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_group_follows_every_schedule(schedule: str):
     hand, _ = both(schedule=schedule)
@@ -210,6 +218,7 @@ def test_the_group_follows_timms_schedules(schedule: str):
     assert len({rates[1] for rates in hand.rates}) > 1
 
 
+@EPOCH
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["none", "OneCycleLR", "SequentialLR"])
 def test_every_form_of_optimizer(optimizer: str, schedule: str):
@@ -544,7 +553,9 @@ def test_the_finder_of_rates_sets_that_of_the_rest_alone(tmp_path, first: str):
     module = Tunable()
     trainer(*order, default_root_dir=tmp_path, max_epochs=20).fit(module)
     others, vectors = module.trainer.optimizers[0].param_groups
-    assert others["lr"] == module.lr != 1e-4
+    assert module.lr != 1e-4
+    if Version(lightning.__version__) >= Version("2.6"):  # before, the optimizer stayed as it was
+        assert others["lr"] == module.lr
     assert vectors["lr"] == auto_rate(80)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import socket
 
 import lightning.pytorch.callbacks
 import pytest
@@ -100,6 +101,12 @@ def equal_batches(count: int = 4) -> DataLoader:
     """Batches that are all the same, so that where a resume starts in the epoch does not matter."""
     (x, y) = next(iter(data(4, 4)))
     return DataLoader(TensorDataset(x.repeat(count, 1), y.repeat(count)), batch_size=4)
+
+
+def free_port() -> int:
+    """A port that nobody has, for ranks to meet at; over a file torch 2.7 now and then waits for ever."""
+    with socket.create_server(("localhost", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def trainer(*callbacks, **options) -> Trainer:

@@ -31,6 +31,7 @@ from lightning_uora.inputs.calibration import inputs_observed
 from lightning_uora.inputs.passes import Watch
 from tests import families
 from tests.inputs.test_moments import literal_axes, sines
+from tests.toys import free_port
 
 
 def adapted(model: nn.Module, targets="all", rank: int = 3, **options) -> nn.Module:
@@ -579,8 +580,9 @@ def test_a_compiled_model_is_calibrated_as_it_is_written():
     assert torch.equal(own(model, "second", 6), own(other, "second", 6))
 
 
-def _rank_calibrates(rank: int, path: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+def _rank_calibrates(rank: int, path: str, port: int) -> None:
+    meeting = f"tcp://localhost:{port}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = adapted(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 300), nn.Linear(300, 2)), "all-linear")
     x = torch.load(f"{path}/x.pt")
@@ -598,7 +600,7 @@ def _rank_calibrates(rank: int, path: str) -> None:
 def test_ranks_sum_their_moments_to_the_same_a_and_fail_together(tmp_path):
     x = skewed(60, 7)
     torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_rank_calibrates, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(_rank_calibrates, (str(tmp_path), free_port()), nprocs=2)
     (one, error), (two, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert set(one) == set(two)
     assert all(torch.equal(t, two[name]) for name, t in one.items())

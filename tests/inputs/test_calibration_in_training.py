@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import logging
-import socket
 
 import pytest
 import torch
@@ -35,6 +34,7 @@ from tests.toys import (
     callback,
     data,
     equal_batches,
+    free_port,
     needs_weight_averaging,
     trainer,
 )
@@ -433,9 +433,7 @@ def _rank_trains(rank: int, path: str, port: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_under_ddp_train_the_same_model(tmp_path):
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank_trains, (str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(_rank_trains, (str(tmp_path), free_port()), nprocs=2)
     (one, refreshes), (two, other) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
     )

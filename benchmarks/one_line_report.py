@@ -103,7 +103,8 @@ def _score(values: dict[int, float]) -> str:
     if not values:
         return ""
     seeds = f" ({len(values)})" if len(values) != SEEDS else ""
-    return f"{statistics.mean(values.values()):.1f} ± {standard_error(values.values()):.1f}{seeds}"
+    error = f" ± {standard_error(values.values()):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values.values()):.1f}{error}{seeds}"
 
 
 def goals(table: Table) -> Iterator[str]:

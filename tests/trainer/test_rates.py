@@ -222,6 +222,9 @@ def test_the_group_follows_timms_schedules(schedule: str):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["none", "OneCycleLR", "SequentialLR"])
 def test_every_form_of_optimizer(optimizer: str, schedule: str):
+    old = Version(torch.__version__) < Version("2.10")
+    if old and (optimizer, schedule) == ("a tensor as rate", "SequentialLR"):
+        pytest.skip(f"torch {torch.__version__}: its schedules write into the tensors that they remember")
     both(optimizer=optimizer, schedule=schedule)
 
 
@@ -239,6 +242,7 @@ def test_accumulation_and_clipping(schedule: str):
 @pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before", "ignore:Be aware that"
 )
+@EPOCH
 def test_a_resume_goes_on_as_the_run_by_hand_does_and_as_the_unbroken_run(tmp_path, schedule: str):
     ends = []
     for number in (0, 1):

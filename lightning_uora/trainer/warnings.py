@@ -14,7 +14,7 @@ from lightning_uora.reports import Summary, progress
 __all__ = ["warn_at_the_end", "warn_at_the_start", "warn_without_gradient"]
 
 TINY = 0.01
-"""Runs that learned nothing ended with a mean norm(update) / norm(W) of 0.001 to 0.004, others above 0.03."""
+"""Between norm(update) / norm(W) of digits runs that learned nothing, 0.0015, and of those that did, 2.0."""
 FEW_STEPS = 10
 """Shorter runs are not judged."""
 USEFUL = 2
@@ -35,7 +35,7 @@ def warn_at_the_start(pl_module: LightningModule, config: UORAConfig, summary: S
         taken = sum(b.nbytes for b in owner.buffers()) / 2**20 if owner is not None else 0.0
         rank_zero_warn(
             f"rank={config.rank} is more than layers of at most {widest} features have a use for: A and B "
-            f"take {taken:,.1f} MiB and every step multiplies by them; {widest} directions span all."
+            f"take {taken:,.1f} MiB, and every step multiplies by them. Try {widest} or fewer."
         )
 
 

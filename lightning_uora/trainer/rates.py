@@ -44,7 +44,7 @@ WRITE = "param_groups(self, lr=..., vector_lr={rate:g})"
 # An optimizer of Adam's kind moves a number by about its rate in every step, so that what a run can reach is
 # rate x steps, and short runs need more. On validation rows of one seed (MiniLM, a ViT, a GPT-2; 80 to 240
 # steps) 1e-2 was too little with warm-up and decay, and rates up to 5e-2 did little harm without; the table
-# is in benchmarks/NOTES.md. Runs of 1,000 steps and more were not measured: 1e-2 there is the cautious choice.
+# is in benchmarks/NOTES.md. Runs of 1,000 steps and more were not measured; 1e-2 is cautious.
 # A warm-up of the vectors alone did not pay at these rates.
 
 

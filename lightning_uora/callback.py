@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,14 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_uora.adapters import Projections
+from lightning_uora.adapters import Projections, is_adapted
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice, require_rate
 from lightning_uora.reinit import require_growth_possible
 from lightning_uora.reports import Summary, summarize
 from lightning_uora.trainer import (
+    Guard,
     Refreshing,
+    WaitingGradients,
     attach_in_time,
+    attachments_of,
     calibrate_if_needed,
+    callbacks_of,
     check_companions,
     check_pruning,
     forget_configure_model,
@@ -25,15 +30,13 @@ from lightning_uora.trainer import (
     log_counts,
     log_figures,
     log_progress,
+    others_of_its_kind,
     print_table,
-    put_gradients,
     require_adapted,
     saved_groups,
     set_vector_rates,
-    waiting_gradients,
     warn_at_the_end,
     warn_at_the_start,
-    warn_without_gradient,
 )
 
 __all__ = ["UORACallback"]
@@ -130,53 +133,86 @@ class UORACallback(Callback):
         require_rate("vector_lr", vector_lr)
         self.vector_lr = vector_lr
         self._refreshing = Refreshing(reinit) if reinit is not None else None
-        self._owner: Projections | None = None
+        self._owners: list[Projections] = []
+        self._adapted: list[weakref.ref[LightningModule]] = []
         self.summary: Summary | None = None
-        self._gradients_seen = False
-        self._gradients: dict[str, Tensor] = {}
+        self._guard, self._gradients = Guard(), WaitingGradients()
         self._saved_groups: list[list[int]] | None = None
         self._optimizers_before: list[Optimizer] = []
         self._rates: list[tuple[dict[str, Any], Any]] = []
 
     @property
+    @override
+    def state_key(self) -> str:
+        """Several callbacks of this kind, each for modules of its own, have different keys."""
+        chosen = {"rank": self.config.rank, "target_modules": self.config.target_modules}
+        return self._generate_state_key(**chosen)
+
+    @property
     def refreshes(self) -> list[dict[str, Any]]:
-        """Plain records of the refreshes so far, one each: ``step``, and ``rows`` by projection."""
-        return [] if self._owner is None else self._owner.record
+        """Plain records of the refreshes so far, one each: ``step``, and ``rows`` by projection.
+
+        Where the module holds several adapted models, ``model`` counts them.
+        """
+        if len(self._owners) == 1:
+            return self._owners[0].record
+        several = [
+            {**entry, "model": place} for place, one in enumerate(self._owners) for entry in one.record
+        ]
+        return sorted(several, key=lambda entry: (entry["step"], entry["model"]))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_companions(trainer, pl_module, self, stage)
         self._saved_groups, self._optimizers_before = None, list(trainer.strategy.optimizers)
-        attach_in_time(pl_module, self.config, self.checkpoint, self._attached)
+        if stage == "fit" or not self._was_detached(pl_module):
+            attach_in_time(pl_module, self, others_of_its_kind(trainer, self), self._attached)
 
-    def _attached(self, pl_module: LightningModule, owner: Projections) -> None:
-        self._owner, self.summary = owner, summarize(pl_module)
+    def _attached(self, pl_module: LightningModule, owners: list[Projections]) -> None:
+        self._owners, self.summary = owners, summarize(pl_module)
+        self._adapted = [weakref.ref(pl_module)]
+
+    def _was_detached(self, pl_module: LightningModule) -> bool:
+        """Whether adapters that this callback attached were merged or taken away since."""
+        return any(one() is pl_module for one in self._adapted) and not is_adapted(pl_module)
+
+    def _speaks(self, trainer: Trainer) -> bool:
+        """Of several callbacks of this kind the last one tells what is true of all."""
+        others = others_of_its_kind(trainer, self)
+        return not others or callbacks_of(trainer).index(self) > callbacks_of(trainer).index(others[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_adapted": []}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_adapted(pl_module)
         check_pruning(trainer)
-        self._gradients_seen = False
-        self.summary = summarize(pl_module)
-        log_counts(trainer, self.summary)
-        groups = set_vector_rates(trainer, pl_module, self.vector_lr, self._saved_groups)
+        self.summary, mine = summarize(pl_module), attachments_of(pl_module, self.config)
+        last, saved = self._speaks(trainer), self._saved_groups
+        groups = set_vector_rates(trainer, pl_module, mine, self.vector_lr, saved, last)
         self._rates = [(group, group["lr"]) for group in groups]
-        print_table(trainer, pl_module, self.summary)
+        if last:
+            log_counts(trainer, self.summary)
+            print_table(trainer, pl_module, self.summary)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = attachments_of(pl_module, self.config)
         keep_rates(trainer, self._rates)
-        calibrate_if_needed(trainer, pl_module, self.reinit)
-        put_gradients(pl_module, self._gradients)
-        self._gradients = {}
+        calibrate_if_needed(trainer, pl_module, mine, self.reinit)
+        self._gradients.put(pl_module)
         if self._refreshing is not None:
-            self._refreshing.start(trainer)
-        warn_at_the_start(pl_module, self.config, summarize(pl_module))
+            self._refreshing.start(trainer, mine)
+        if self._speaks(trainer):
+            self._guard.start(trainer, pl_module)
+            warn_at_the_start(pl_module, self.config, summarize(pl_module))
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._guard.hold(trainer)
         if self._refreshing is not None:
             self._refreshing.before_batch(trainer, pl_module, batch, batch_idx)
 
@@ -186,23 +222,40 @@ class UORACallback(Callback):
     ) -> None:
         if self._refreshing is not None:
             self._refreshing.after_batch(trainer, pl_module, batch, batch_idx)
-        log_progress(trainer, pl_module)
+        self._gradients.after_batch()
+        self._guard.after_batch(trainer)
+        if self._speaks(trainer):
+            log_progress(trainer, pl_module)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._gradients.before_backward(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._gradients_seen:
-            self._gradients_seen = True
-            warn_without_gradient(pl_module)
+        self._guard.after_backward()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._guard.before_step(trainer, optimizer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._guard.judge()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._refreshing is not None:
             self._refreshing.end()
-        warn_at_the_end(trainer, pl_module)
+        if self._speaks(trainer):
+            warn_at_the_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log_figures(trainer, pl_module)
+        if self._speaks(trainer):
+            log_figures(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -221,13 +274,13 @@ class UORACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if gradients := waiting_gradients(trainer, pl_module):
+        if gradients := self._gradients.saved(trainer, pl_module):
             checkpoint["uora_gradients"] = gradients
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._gradients = checkpoint.get("uora_gradients", {})
+        self._gradients.load(checkpoint.get("uora_gradients", {}))
         if trainer.strategy.optimizers == self._optimizers_before:  # else a finder puts back what it saved
             self._saved_groups = saved_groups(checkpoint)

@@ -25,7 +25,7 @@ HOUSE = (
 INSIDE = {
     "trainer": (
         ("companions", "refreshing"),
-        ("attachment", "calibrating", "loggers", "resuming", "warnings"),
+        ("attachment", "calibrating", "guarding", "loggers", "resuming", "warnings"),
         ("rates",),
         ("training_batches", "steps", "vector_groups"),
         ("loaders", "schedules"),
@@ -33,6 +33,7 @@ INSIDE = {
     "storage": (
         ("merging", "peft"),
         ("adapter_files", "checkpoint"),
+        ("placing",),
         ("restoring",),
         ("manifest", "fingerprints"),
     ),
@@ -46,11 +47,11 @@ INSIDE = {
     "reinit": (("schedule",), ("refresh",), ("growth",), ("weakness", "rotation")),
     "adapters": (
         ("attach",),
-        ("targets", "specialise"),
-        ("forms", "roles", "own_layers"),
+        ("attachments", "targets", "specialise"),
+        ("forms", "roles", "own_layers", "passing"),
         ("layers", "role_names"),
         ("kinds", "projections"),
-        ("functional", "draws"),
+        ("freshness", "functional", "draws", "effective", "names"),
     ),
     "distributed": (("processes",), ("sharding",)),
 }

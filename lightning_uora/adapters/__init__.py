@@ -2,46 +2,72 @@
 
 from lightning_uora.adapters.attach import (
     adapters_disabled,
+    attach_beside,
+    attach_to,
     attach_uora,
     detach_uora,
-    find_owner,
-    find_root,
-    is_adapted,
     named_adapters,
     param_groups,
+)
+from lightning_uora.adapters.attachments import (
+    Attachment,
+    adopt,
+    attachment_of,
+    attachments,
+    is_adapted,
+    require_attachments,
+    trained_names,
+    trained_parameters,
+    vectors_in,
 )
 from lightning_uora.adapters.draws import draw_down, one_thread
 from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules, facts
+from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
 from lightning_uora.adapters.projections import (
     OWNER,
     Projections,
-    projections_of,
     require_no_inference_mode,
     seeded_generator,
 )
+from lightning_uora.adapters.roles import find_heads
+from lightning_uora.adapters.targets import Selection
 
 __all__ = [
     "OWNER",
     "AdaptedModule",
+    "Attachment",
     "Part",
     "Projections",
+    "Selection",
     "adapted_modules",
     "adapters_disabled",
+    "adopt",
+    "attach_beside",
+    "attach_to",
     "attach_uora",
+    "attachment_of",
+    "attachments",
     "detach_uora",
     "draw_down",
     "factored_flops",
     "facts",
-    "find_owner",
-    "find_root",
+    "find_heads",
     "is_adapted",
     "merged_flops",
     "named_adapters",
+    "named_buffers",
+    "named_modules",
+    "named_parameters",
     "one_thread",
     "param_groups",
-    "projections_of",
+    "plain",
+    "require_attachments",
     "require_no_inference_mode",
     "seeded_generator",
+    "trained_names",
+    "trained_parameters",
+    "unwrapped",
+    "vectors_in",
 ]

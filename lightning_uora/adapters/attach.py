@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -10,9 +13,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_uora.adapters.attachments import (
+    Attachment,
+    attachments,
+    is_adapted,
+    require_attachments,
+    trained_parameters,
+    vectors_in,
+)
 from lightning_uora.adapters.kinds import named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
-from lightning_uora.adapters.projections import OWNER, Projections, projections_of, require_no_inference_mode
+from lightning_uora.adapters.names import named_modules, unwrapped
+from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.targets import Selection, select
 from lightning_uora.config import UORAConfig
@@ -20,14 +32,12 @@ from lightning_uora.distributed import is_sharded
 
 __all__ = [
     "adapters_disabled",
+    "attach_beside",
+    "attach_to",
     "attach_uora",
     "detach_uora",
-    "find_owner",
-    "find_root",
-    "is_adapted",
     "named_adapters",
     "param_groups",
-    "projections_of",
 ]
 
 
@@ -44,18 +54,20 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
 
     Promises: a fresh adapter leaves every output bit-equal, see Note [Equal bits]; module objects,
     parameters, their names and hooks stay; nothing of the base is copied; the global random state is not
-    touched; after an error the model is as it was.
+    touched; after an error the model is as it was. What trains is decided here and written down: a later
+    ``freeze()`` changes nothing of what a file will hold.
 
     Args:
-        model: Any module, not adapted yet. May be on ``meta``: A and B are then drawn when it gets storage.
+        model: Any module, not adapted yet; of a compiled one, what it wraps. May be on ``meta``: A and B are
+            then drawn when it gets storage.
         config: What to adapt and how.
 
     Returns:
-        Names of the adapted modules, in model order.
+        Names of the adapted modules, in model order, without what ``torch.compile`` and other wrappers add.
 
     Raises:
         ValueError: The model is adapted already; targets match nothing (near misses are named), cannot be
-            adapted, or hold non-finite weights; the adapted weights are on more than one device.
+            adapted, or hold non-finite weights.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -67,73 +79,122 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     Source: VeRA (arXiv:2310.11454) and UORA (arXiv:2505.20154); adapting the effective weight in place is
     *ours*.
     """
-    require_no_inference_mode("attach_uora")
     if is_adapted(model):
         raise ValueError(
             "model is adapted already; call detach_uora(model) first, or keep the adapters it has."
         )
-    selection = select(model, config)
-    modules = {name: model.get_submodule(name) for name in selection.adapted}
+    return attach_beside(model, config)
+
+
+def attach_beside(model: nn.Module, config: UORAConfig) -> list[str]:
+    """As :func:`attach_uora`, of a model that may have adapters on other modules."""
+    require_no_inference_mode("attach_uora")
+    root = unwrapped(model)
+    selection = select(root, config)
+    attach_to(root, config, selection)
+    for one in selection.said:
+        warnings.warn(one, stacklevel=3)
+    return list(selection.adapted)
+
+
+def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None:
+    """Adapt exactly the modules of ``selection``, by plain names, and freeze the rest."""
+    named = named_modules(root)
+    modules = {name: named[name] for name in selection.adapted}
     parts = {name: named_parts(module) for name, module in modules.items()}
     weights = {(name, part): modules[name]._parameters[part] for name in modules for part in parts[name]}
-    device, dtype = _one_device_and_widest_dtype(cast("dict[tuple[str, str], Tensor]", weights))
+    device, dtype = _device_and_widest_dtype(cast("dict[tuple[str, str], Tensor]", weights))
     widths = {part.n for found in parts.values() for part in found.values()}
     heights = {sum(part.m for part in found.values()) for found in parts.values()}
     owner = Projections(config, widths, heights, device, dtype)
-    owner.left = selection.left
-    owner.requires_grad_before = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.register_module(OWNER, owner)
+    owner.left, owner.kept, owner.adapted = selection.left, selection.kept, selection.adapted
+    owner.requires_grad_before = [
+        (module, leaf, p.requires_grad)
+        for module in root.modules()
+        for leaf, p in module._parameters.items()
+        if p is not None
+    ]
+    key = next(k for k in _keys() if k not in root._modules)
+    root.register_module(key, owner)
+    one = Attachment("", root, owner, key)
     try:
         for index, module in enumerate(modules.values()):
             specialise(module, owner, index)
-        _freeze(model, selection, config)
+        _freeze(one, selection, config)
     except BaseException:
-        detach_uora(model)
+        _detach(one)
         raise
-    return list(selection.adapted)
+
+
+def _keys() -> Iterator[str]:
+    """Names for the owners at one root."""
+    yield OWNER
+    yield from (f"{OWNER}_{number}" for number in itertools.count(2))
 
 
 def detach_uora(model: nn.Module, merge: bool = False) -> None:
     """Undo :func:`attach_uora`: classes, state-dict keys and ``requires_grad`` are exactly as before.
 
     Args:
-        model: The adapted model, the same root as was given to :func:`attach_uora`.
+        model: The adapted model, or any module around it (all adapted roots in it) or part of it (the
+            adapters in that part).
         merge: Leave the effective weight in each adapted parameter. It is computed in float32 at least, and
-            every one is checked to be finite before any parameter changes.
+            every one is checked to be finite before any parameter changes. A weight that other modules share
+            is theirs as it was; the merged one becomes the adapted module's own.
 
     Raises:
         ValueError: The model is not adapted, or is sharded, or a merged weight is not finite (it names the
             module).
     """
-    owner = projections_of(model)
+    found = require_attachments(model, "detach_uora")
     if is_sharded(model):
         raise ValueError(
             "model is sharded, and its shards know its adapters; save a checkpoint and detach where "
             "load_from_checkpoint brings it back whole, or merge the file with `uora merge`."
         )
-    adapters = dict(adapted_modules(model))
     if merge:
-        _merge(adapters)
-    for module in adapters.values():
-        unspecialise(module)
-    del model._modules[OWNER]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(owner.requires_grad_before.get(name, parameter.requires_grad))
+        _merge(model, {f"{one.prefix}{name}": module for one in found for name, module in one.layers})
+    for one in reversed(found):  # the first one knows how it was before all of them
+        _detach(one)
+    for _, copied in list(adapted_modules(model)):  # whose A and B are registered nowhere
+        unspecialise(copied)
 
 
-def _merge(adapters: dict[str, AdaptedModule]) -> None:
-    merged: list[tuple[nn.Parameter, Tensor]] = []
+def _detach(one: Attachment) -> None:
+    for _, adapted in one.layers:
+        unspecialise(adapted)
+    if one.key is not None:
+        del one.root._modules[one.key]
+    inside = {id(module) for module in one.root.modules()}
+    for module, leaf, before in one.owner.requires_grad_before:
+        parameter = module._parameters.get(leaf)
+        if parameter is not None and id(module) in inside:
+            parameter.requires_grad_(before)
+
+
+# Note [Shared weights]
+# A weight with several names is one parameter. Adapted in one module, the others read the base; so merging may
+# not write into it. The adapted module gets a parameter of its own, and the tie is cut.
+
+
+def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
+    merged: list[tuple[AdaptedModule, str, nn.Parameter, Tensor]] = []
     with torch.no_grad():
         for name, module in adapters.items():
-            for parameter, weight in module.merged_weights():
+            for part, parameter, weight in module.merged_weights():
                 if not weight.isfinite().all():
                     raise ValueError(
                         f"merging would put non-finite values into the weight of module {name!r}; nothing "
                         "was merged."
                     )
-                merged.append((parameter, weight))
-        for parameter, weight in merged:
-            parameter.copy_(weight)
+                merged.append((module, part, parameter, weight))
+        places = [p for m in model.modules() for p in m._parameters.values()]
+        uses = Counter(map(id, places))
+        for module, part, parameter, weight in merged:
+            if uses[id(parameter)] > 1:  # see Note [Shared weights]
+                module._parameters[part] = nn.Parameter(weight.clone(), parameter.requires_grad)
+            else:
+                parameter.copy_(weight)
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
@@ -167,8 +228,8 @@ def param_groups(
         >>> [(len(group["params"]), group["lr"]) for group in param_groups(model, 1e-3, 3e-2)]
         [(2, 0.001), (2, 0.03)]
     """
-    vectors = {id(v) for _, module in adapted_modules(model) for v in (module.uora_d, module.uora_b)}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    vectors = {id(v) for v in vectors_in(model)}
+    trained = list(trained_parameters(model).values())
     groups: list[dict[str, object]] = [
         {"name": "others", "params": [p for p in trained if id(p) not in vectors], "lr": lr},
         {
@@ -192,72 +253,59 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Bit-equal to the base whose weights want no gradient either, see Note [Equal bits]. Re-entrant;
     restored after exceptions. Heads and biases that were trained stay trained.
 
+    Args:
+        model: The adapted model, or any module around it or part of it.
+
     Raises:
         ValueError: The model is not adapted.
     """
-    owner = projections_of(model)
-    owner.disabled += 1
+    found = require_attachments(model, "adapters_disabled")
+    owners = {id(m._uora.owner): m._uora.owner for _, m in adapted_modules(model)}
+    owners |= {id(one.owner): one.owner for one in found}
+    for owner in owners.values():
+        owner.disabled += 1
     try:
         yield
     finally:
-        owner.disabled -= 1
+        for owner in owners.values():
+            owner.disabled -= 1
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether ``model`` or anything in it has adapters."""
-    return any(True for _ in adapted_modules(model))
-
-
-def find_owner(module: nn.Module) -> tuple[str, Projections | None]:
-    """Prefix and owner of A and B of the first adapted root in ``module``; None where there is none."""
-    for name, part in module.named_modules():
-        owner = part._modules.get(OWNER)
-        if isinstance(owner, Projections):
-            return f"{name}." if name else "", owner
-    return "", None
-
-
-def find_root(module: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the adapted root in ``module``: itself or the part that was attached to."""
-    for name, part in module.named_modules():
-        if OWNER in part._modules:
-            return name, part
-    raise ValueError(f"{type(module).__name__} holds no adapted model; call attach_uora first.")
-
-
-def _one_device_and_widest_dtype(weights: dict[tuple[str, str], Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where A and B go. Raises for weights on several devices and for non-finite ones."""
-    devices = {W.device for W in weights.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"adapted weights are on several devices ({', '.join(sorted(map(str, devices)))}); attach "
-            "before moving."
-        )
-    (device,) = devices
+def _device_and_widest_dtype(weights: dict[tuple[str, str], Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where A and B go: to the first weight. Raises for non-finite weights."""
+    device = next(iter(weights.values())).device
     dtype = functools.reduce(torch.promote_types, (W.dtype for W in weights.values()))
-    if device.type != "meta":
-        finite = torch.stack([torch.stack(W.detach().aminmax()).isfinite().all() for W in weights.values()])
+    here = {key: W for key, W in weights.items() if W.device.type != "meta"}
+    if here:
+        found = [torch.stack(W.detach().aminmax()).isfinite().all() for W in here.values()]
+        finite = torch.stack([one.to(found[0].device) for one in found])
         if not finite.all():
-            bad = list(weights)[int(finite.logical_not().nonzero()[0])]
+            bad = list(here)[int(finite.logical_not().nonzero()[0])]
             raise ValueError(
                 f"{bad[1]} of module {bad[0]!r} has non-finite values; UORA needs a finite base weight."
             )
     return device, dtype
 
 
-def _freeze(model: nn.Module, selection: Selection, config: UORAConfig) -> None:
-    """Only the vectors, the modules trained as they are and the biases of ``config.bias`` train."""
-    adapted = {
-        f"{name}.{parameter}" if name else parameter
-        for name in selection.adapted
-        for parameter in ("uora_d", "uora_b")
-    }
-    biased = {name for name, _ in adapted_modules(model)}
-    heads = tuple(f"{name}." for name in selection.trained)
-    bare = set(selection.trained)
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        bias = leaf in ("bias", "in_proj_bias") and (
-            config.bias == "all" or (config.bias == "adapted" and owner in biased)
-        )
-        parameter.requires_grad_(name in adapted or name in bare or name.startswith(heads) or bias)
+def _freeze(one: Attachment, selection: Selection, config: UORAConfig) -> None:
+    """Only the vectors, the modules trained as they are and the biases of ``config.bias`` train.
+
+    What other adapters at this root train goes on to do so. A weight that is tied trains as a whole.
+    """
+    others = [other for other in attachments(one.root) if other.owner is not one.owner]
+    trains = {id(v) for v in vectors_in(one.root)}.union(*(other.owner.trained_ids() for other in others))
+    heads, bare = tuple(f"{name}." for name in selection.trained), set(selection.trained)
+    biased = {name for name, _ in one.layers}
+    for path, module in named_modules(one.root).items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in trains:
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            bias = leaf in ("bias", "in_proj_bias") and (
+                config.bias == "all" or (config.bias == "adapted" and path in biased)
+            )
+            if name in bare or name.startswith(heads) or bias:
+                one.owner.trained.append((module, leaf))
+    trains |= one.owner.trained_ids()
+    for parameter in one.root.parameters():
+        parameter.requires_grad_(id(parameter) in trains)

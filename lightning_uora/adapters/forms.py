@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -69,8 +70,9 @@ class AdaptedAttention(AdaptedModule):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._uora.held = {}
+        held, thread = self._uora.held, threading.get_ident()
+        held[thread] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._uora.held = None
+            del held[thread]

@@ -18,6 +18,7 @@ The adapted weight is ``W + diag(b) B diag(d) A`` (VeRA, arXiv:2310.11454, eq. 2
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,21 +48,49 @@ def _vector_gradients(Kt: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tens
 
 def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products: autocast's where it is on, else ``default``."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return default
+    return torch.get_autocast_dtype(device.type) if _autocasts(device) else default
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+# Note [Plain operations]
+# The functions below save memory by a backward of their own. Whoever looks inside needs ordinary operations:
+# torch.func's transforms (per-sample gradients), forward-mode differentiation, and tracers that write a graph
+# down (torch.export, ONNX, jit.trace). They get the same formula, and torch differentiates it.
+
+
+def _wants_plain() -> bool:
+    """See Note [Plain operations]."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    transforms: bool = torch._C._are_functorch_transforms_active()
+    return (
+        transforms
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    with _no_autocast(W.device):
+        P = B.to(dtype) @ (d[:, None] * A).to(dtype)
+        wide = torch.promote_types(W.dtype, b.dtype)
+        rows = b.to(wide).reshape(-1, *[1] * (W.dim() - 1))
+        return torch.addcmul(W.to(wide), rows, P.to(wide).reshape(W.shape)).to(W.dtype)
 
 
 class _AddDelta(torch.autograd.Function):
     @staticmethod
     def forward(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(W.device.type, enabled=False):
-            P = B.to(dtype) @ (d[:, None] * A).to(dtype)
-            wide = torch.promote_types(W.dtype, b.dtype)
-            rows = b.to(wide).reshape(-1, *[1] * (W.dim() - 1))
-            out = torch.addcmul(W.to(wide), rows, P.to(wide).reshape(W.shape)).to(W.dtype)
-            # W's memory format decides the kernel of a convolution, and the layout of what it returns
-            return out if out.stride() == W.stride() else torch.empty_like(W).copy_(out)
+        out = _delta(W, A, B, d, b, dtype)
+        # W's memory format decides the kernel of a convolution, and the layout of what it returns
+        return out if out.stride() == W.stride() else torch.empty_like(W).copy_(out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,7 +122,10 @@ def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
 
     Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
     """
-    result: Tensor = _AddDelta.apply(W, A, B, d, b, compute_dtype(W.device, W.dtype))
+    dtype = compute_dtype(W.device, W.dtype)
+    if _wants_plain():
+        return _delta(W, A, B, d, b, dtype)
+    result: Tensor = _AddDelta.apply(W, A, B, d, b, dtype)
     return result
 
 
@@ -118,7 +150,7 @@ class _FactoredLinear(torch.autograd.Function):
         transposed: bool,
     ) -> tuple[Tensor, Tensor]:
         h = _linear(x, W, bias, transposed)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device):
             z = _rows(x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
             up = (b[:, None] * B).to(dtype).t()
             flat, scaled = _rows(h), (z * d).to(dtype)
@@ -177,6 +209,25 @@ def _add_product(total: Tensor | None, u: Tensor, A: Tensor) -> Tensor:
     return total.addmm_(u, A) if total.dtype == u.dtype else total + (u @ A).to(total.dtype)
 
 
+def _plain_factored(
+    x: Tensor,
+    dropped: Tensor | None,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor:
+    """See Note [Plain operations]."""
+    h = _linear(x, W, bias, transposed)
+    with _no_autocast(x.device):
+        z = (x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
+        return h + ((z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()).to(h.dtype)
+
+
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The base's own product with its frozen weight, by the same kernel as without an adapter."""
     if not transposed:
@@ -221,6 +272,8 @@ def factored_linear(
     Note [The layer inside the factored form].
     """
     dtype = compute_dtype(x.device, x.dtype)
+    if _wants_plain():
+        return _plain_factored(x, dropped, W, bias, A, B, d, b, dtype, transposed)
     out, _ = _FactoredLinear.apply(x, dropped, W, bias, A, B, d, b, dtype, transposed)
     result: Tensor = out
     return result

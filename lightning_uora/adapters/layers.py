@@ -9,6 +9,8 @@ user code. The parameter itself stays in ``_parameters`` under its name, so stat
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_uora.adapters.effective import EffectiveWeight, effective
+from lightning_uora.adapters.freshness import Kept, keepable
 from lightning_uora.adapters.functional import compute_dtype
 from lightning_uora.adapters.kinds import CONVOLUTIONS, Part, has_plain_forward
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.distributed import first_rank
+
+DETACH_FIRST = "call detach_uora(model, merge=True) first"
 
 __all__ = [
     "AdaptedModule",
@@ -34,14 +40,27 @@ __all__ = [
 
 @dataclass
 class Adapter:
-    """What a specialised module knows besides its parameters. Refers to the owner without registering it."""
+    """What a specialised module knows besides its parameters. Refers to the owner without registering it.
+
+    Attributes:
+        owner: Of A and B.
+        parts: The adapted parameters by name.
+        index: Place among the owner's layers.
+        cache: Effective weights kept without gradients, see Note [When the effective weight is kept].
+        held: Effective weights of the forward that runs, by thread.
+        base: The adapted parameters as they were last read.
+        sharded: The weight was seen as a DTensor.
+        raw: Assignments to the adapted parameters are of the base (a state dict's).
+    """
 
     owner: Projections
     parts: dict[str, Part]
     index: int
-    cache: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    held: dict[str, Tensor] | None = None
-    sharded: bool = False  # the weight was seen as a DTensor
+    cache: dict[str, Kept] = field(default_factory=dict)
+    held: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    base: dict[str, nn.Parameter] = field(default_factory=dict)
+    sharded: bool = False
+    raw: bool = False
 
     @property
     def m(self) -> int:
@@ -49,17 +68,13 @@ class Adapter:
         return sum(part.m for part in self.parts.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": {}, "held": None}
+        return {**self.__dict__, "cache": {}, "held": {}, "base": {}}
 
+    @property
+    def holding(self) -> dict[str, Tensor] | None:
+        """Effective weights of this thread's forward; None where none runs."""
+        return self.held.get(threading.get_ident()) if self.held else None
 
-# Note [When the effective weight is kept]
-# With gradients it is built for each read: its graph belongs to one backward. Without gradients and outside
-# of training it is built once and kept until a source changes, which identity, data pointer and version
-# counter tell; `.data` writes move none of them, so train(), eval() and casts drop what was kept as well. It
-# is built outside inference mode: a tensor made inside could not be used by autograd later. In training
-# without gradients (reentrant checkpointing) nothing is kept, because it would hold a second copy of every
-# adapted weight. Nor is anything kept of sharded weights: FSDP2 gathers them into the same memory without
-# moving a version, and whole copies are what sharding is to avoid.
 
 # Note [Sharded weights]
 # FSDP2 replaces parameters by DTensors and puts whole ones in their place around each forward. It reads the
@@ -106,13 +121,13 @@ class AdaptedModule(nn.Module):
             deltas.append(part.delta(torch.zeros_like(W), *self._uora_tensors(part.n)))
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
-    def merged_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each adapted parameter with its effective weight, computed in float32 at least."""
+    def merged_weights(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Each adapted parameter by name with its effective weight, computed in float32 at least."""
         for name, part in self._uora.parts.items():
             W = cast(nn.Parameter, self._parameters[name])
             wide = torch.promote_types(W.dtype, torch.float32)
             tensors = (t.to(wide) for t in (W, *self._uora_tensors(part.n)))
-            yield W, part.delta(*tensors).to(W.dtype)
+            yield name, W, part.delta(*tensors).to(W.dtype)
 
     def form(self, tokens: int) -> Literal["merged", "factored"]:
         """How this module computes in training for an input of that many rows."""
@@ -120,8 +135,11 @@ class AdaptedModule(nn.Module):
 
     def _uora_tensors(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A (of width n), B, d, b of this module."""
-        owner, index = self._uora.owner, self._uora.index
-        return owner.down(n, index), owner.up(self._uora.m, index), self.uora_d, self.uora_b
+        owner, index, device = self._uora.owner, self._uora.index, self.uora_d.device
+        A, B = owner.down(n, index), owner.up(self._uora.m, index)
+        if A.device != device or B.device != device:
+            A, B = owner.found_on(device, A, B)
+        return A, B, self.uora_d, self.uora_b
 
     def _uora_weight(self, name: str) -> Tensor | None:
         """What reading the adapted parameter returns, see Note [When the effective weight is kept]."""
@@ -131,8 +149,10 @@ class AdaptedModule(nn.Module):
             return W
         if W is None or adapter.owner.disabled:
             return W
-        if adapter.held is not None and name in adapter.held:
-            return adapter.held[name]
+        adapter.base[name] = W
+        held = adapter.holding
+        if held is not None and name in held:
+            return held[name]
         part = adapter.parts[name]
         if self.training and adapter.owner.config.dropout > 0.0 and first_rank():
             warnings.warn(
@@ -147,14 +167,16 @@ class AdaptedModule(nn.Module):
         weight = part.delta(*sources)
         if adapter.owner.gradients is not None and weight.requires_grad:
             _collect_gradient(weight, adapter, name)
-        if adapter.held is not None:
-            adapter.held[name] = weight
+        if keepable(W):  # nobody looks on
+            weight = effective(weight, functools.partial(self._uora_write, name))
+        if held is not None:
+            held[name] = weight
         return weight
 
     def _uora_keeps(self) -> bool:
         """Whether an effective weight made now may be kept for later reads."""
-        busy = self.training or torch.compiler.is_compiling() or self._uora_needs_grad()
-        return not (busy or self._uora.sharded)
+        busy = self.training or self._uora_needs_grad() or self._uora.sharded
+        return not busy and keepable(self.uora_d)
 
     def _uora_needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(
@@ -163,20 +185,85 @@ class AdaptedModule(nn.Module):
         )
 
     def _uora_kept(self, part: Part, sources: tuple[Tensor, ...]) -> Tensor:
-        try:
-            dtype = compute_dtype(sources[0].device, sources[0].dtype)
-            key = (dtype, *((t.data_ptr(), t._version) for t in sources))
-        except RuntimeError:  # inference tensors have no version, functorch's and fake ones no pointer
-            return part.delta(*sources)
+        dtype = compute_dtype(sources[0].device, sources[0].dtype)
         kept = self._uora.cache.get(part.name)
-        if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], sources, strict=True)):
-            weight, version = cast("tuple[Tensor, int]", kept[2:])
-            if weight._version == version:
-                return weight
+        if kept is not None and (weight := kept.fresh(dtype, sources)) is not None:
+            return weight
+        made = Kept.of(dtype, sources)
+        if made is None:
+            return part.delta(*sources)
         with torch.inference_mode(False), torch.no_grad():
-            weight = part.delta(*sources)
-        self._uora.cache[part.name] = (key, sources, weight, weight._version)
+            weight = effective(part.delta(*sources), functools.partial(self._uora_write, part.name))
+        made.hold(weight)
+        self._uora.cache[part.name] = made
         return weight
+
+    def _uora_write(self, name: str, written: Tensor) -> None:
+        """See Note [Writing to an effective weight]."""
+        W = cast(nn.Parameter, self._parameters[name])
+        with torch.no_grad():
+            W.copy_(self._uora_base(name, written))
+        self._uora.cache.clear()
+
+    def _uora_base(self, name: str, weight: Tensor) -> Tensor:
+        """The base with which ``weight`` is the effective one."""
+        part = self._uora.parts[name]
+        with torch.no_grad():
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            values = weight.detach().as_subclass(Tensor).to(self.uora_b.device, wide)
+            A, B, d, b = (t.to(wide) for t in self._uora_tensors(part.n))
+            return part.delta(values, A, B, d, -b)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigning the adapted parameter: what was assigned reads back, or it is an error."""
+        adapter = self.__dict__.get("_uora")
+        if adapter is None or name not in adapter.parts:
+            super().__setattr__(name, value)
+        elif adapter.raw or adapter.sharded or isinstance(value, DTensor):
+            adapter.sharded = adapter.sharded or isinstance(value, DTensor)
+            self._parameters[name] = value
+        elif value is not self._parameters[name]:
+            self._uora_assign(name, value)
+
+    def _uora_assign(self, name: str, value: Any) -> None:
+        old = self._parameters[name]
+        if old is None or not isinstance(value, nn.Parameter) or value.shape != old.shape:
+            shape = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
+            raise ValueError(
+                f"{name} of an adapted {self.original_class.__name__} can become another nn.Parameter of its "
+                f"shape {tuple(getattr(old, 'shape', ()))}, not a {shape}; {DETACH_FIRST}."
+            )
+        if not value.is_meta and not self.uora_b.is_meta and bool(self.uora_b.any()):
+            value = nn.Parameter(self._uora_base(name, value).to(value.dtype))
+        elif isinstance(value, EffectiveWeight):
+            value = nn.Parameter(value.detach().as_subclass(Tensor))
+        self._parameters[name] = value.requires_grad_(old.requires_grad)
+        self._uora.cache.clear()
+
+    def __delattr__(self, name: str) -> None:
+        """Parametrisations and spectral norm take the parameter away."""
+        if name in self._uora.parts:
+            self._uora_refuse(name)
+        super().__delattr__(name)
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; pruning and weight norm put others in the place of the adapted one."""
+        adapter: Adapter | None = self.__dict__.get("_uora")
+        if adapter is None:
+            super().register_parameter(name, param)
+            return
+        for part in adapter.parts:
+            if name in (f"{part}_orig", f"{part}_g", f"{part}_v"):
+                self._parameters.setdefault(part, adapter.base.get(part))
+                self._uora_refuse(part)
+        super().register_parameter(name, param)
+
+    def _uora_refuse(self, name: str) -> None:
+        raise ValueError(
+            f"{name} of an adapted {self.original_class.__name__} cannot be parametrised, pruned or removed: "
+            f"{DETACH_FIRST}, or do it before attach_uora and exclude the layer."
+        )
 
     @override
     def train(self, mode: bool = True) -> AdaptedModule:
@@ -204,6 +291,24 @@ class AdaptedModule(nn.Module):
         if was_meta and not self.uora_d.is_meta:
             self._uora_reset()
         return self
+
+    @override
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """A state dict holds the base. With ``assign=True`` a module on ``meta`` gets storage here."""
+        self._uora.cache.clear()
+        self._uora.raw = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._uora.raw = False
+        W = self._parameters[next(iter(self._uora.parts))]
+        if W is not None and self.uora_d.is_meta and not W.is_meta:
+            for name in ("uora_d", "uora_b"):
+                old = cast(nn.Parameter, self._parameters[name])
+                self._parameters[name] = nn.Parameter(
+                    torch.empty_like(old, device=W.device), old.requires_grad
+                )
+            self._uora_reset()
 
     def _uora_reset(self) -> None:
         with torch.no_grad():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_uora.adapters.names import named_modules
 from lightning_uora.adapters.role_names import OWN_HEADS, OWN_SCALES
 
 __all__ = ["OwnLayers", "own_layers"]
@@ -48,7 +49,7 @@ class OwnLayers:
 def own_layers(model: nn.Module) -> OwnLayers:
     """See Note [Whose layers are new]."""
     found = OwnLayers()
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     library = [name for name, module in modules.items() if _is_library_model(module)]
     around = {"": bool(library)} if _is_lightning_module(model) and "" not in library else {}
     for name in library:

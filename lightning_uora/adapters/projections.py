@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_uora.adapters.draws import Init, draw_down, draw_up
 from lightning_uora.config import UORAConfig
 
-__all__ = ["OWNER", "Projections", "projections_of", "require_no_inference_mode", "seeded_generator"]
+__all__ = ["OWNER", "Projections", "require_no_inference_mode", "seeded_generator"]
 
 OWNER = "uora_projections"
 """Name under which the owner is registered at the root of an adapted model."""
@@ -85,8 +85,11 @@ class Projections(nn.Module):
         super().__init__()
         self.config = config
         self.disabled = 0
-        self.requires_grad_before: dict[str, bool] = {}
+        self.requires_grad_before: list[tuple[nn.Module, str, bool]] = []
         self.left: tuple[str, ...] = ()  # the user's own layers that stay frozen at their start
+        self.adapted: tuple[str, ...] = ()  # names of its layers within the root, by their index
+        self.kept: tuple[str, ...] = ()  # parts that the user froze, beside parts that train
+        self.trained: list[tuple[nn.Module, str]] = []  # what trains besides d and b, see Note [What trains]
         self.record: list[dict[str, Any]] = []
         self.base_prints: dict[str, tuple[Any, list[Any]]] = {}
         self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"
@@ -94,6 +97,7 @@ class Projections(nn.Module):
         self.unused_axes: Callable[[str, Tensor, int], Tensor] | None = None
         self.on_read: Callable[[Tensor, nn.Module, str], None] | None = None  # told of every weight read
         self.calibrated = False
+        self.elsewhere: dict[Any, Any] = {}  # copies for layers on other devices, with what they are of
         sizes = (sorted(widths), sorted(heights))
         if device.type != "meta":
             _require_room(config.rank, sum(map(sum, sizes)))
@@ -102,6 +106,10 @@ class Projections(nn.Module):
                 name, self._draw(name).to(device, dtype) if device.type != "meta" else self._meta(name, dtype)
             )
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "elsewhere": {}}
+
     def down(self, n: int, layer: int | None = None) -> Tensor:
         """A for width n, shape (r, n): the layer's own once it has refreshed it, else the shared one."""
         return cast(Tensor, self._buffers.get(f"A_{n}_{layer}", self._buffers[f"A_{n}"]))
@@ -109,6 +117,27 @@ class Projections(nn.Module):
     def up(self, m: int, layer: int | None = None) -> Tensor:
         """B for height m, shape (m, r): the layer's own once it has refreshed it, else the shared one."""
         return cast(Tensor, self._buffers.get(f"B_{m}_{layer}", self._buffers[f"B_{m}"]))
+
+    def found_on(self, device: torch.device, *given: Tensor) -> tuple[Tensor, ...]:
+        """A and B on the device of a layer that is elsewhere; drawn first where that layer got storage."""
+        if any(M.is_meta for M in given) and device.type != "meta":
+            names = {id(buffer): name for name, buffer in self._buffers.items()}
+            wanted = [names[id(M)] for M in given]
+            self.to_empty(device=device)
+            given = tuple(cast(Tensor, self._buffers[name]) for name in wanted)
+        return tuple(self._copy_on(device, M) for M in given)
+
+    def _copy_on(self, device: torch.device, M: Tensor) -> Tensor:
+        if M.device == device:
+            return M
+        try:
+            key = (id(M), M.data_ptr(), M._version)
+        except RuntimeError:  # fake tensors have no pointer
+            return M.to(device)
+        found = self.elsewhere.get((id(M), device))
+        if found is None or found[0] != key:
+            self.elsewhere[id(M), device] = found = (key, M, M.to(device))
+        return found[2]
 
     def current(self, name: str) -> Tensor:
         """What stands for a buffer's name: a layer's own projection if there is one, else the shared one."""
@@ -122,6 +151,10 @@ class Projections(nn.Module):
             shared = cast(Tensor, self._buffers[name.rpartition("_")[0]])
             self.register_buffer(name, shared.clone())
         return cast(Tensor, self._buffers[name])
+
+    def trained_ids(self) -> set[int]:
+        """Identities of the parameters that train besides d and b, see Note [What trains]."""
+        return {id(module._parameters.get(leaf)) for module, leaf in self.trained}
 
     @property
     def uncalibrated(self) -> bool:
@@ -257,17 +290,3 @@ def require_no_inference_mode(action: str) -> None:
     """Raise ``ValueError`` inside ``torch.inference_mode``: what is made there can never be trained."""
     if torch.is_inference_mode_enabled():
         raise ValueError(f"{action} inside torch.inference_mode() would leave a model that cannot train.")
-
-
-def projections_of(model: nn.Module) -> Projections:
-    """The owner of A and B at the root of an adapted model.
-
-    Raises:
-        ValueError: The model is not adapted, or is a part of an adapted one.
-    """
-    owner = model._modules.get(OWNER)
-    if not isinstance(owner, Projections):
-        inner = [name for name, module in model.named_modules() if isinstance(module, Projections)]
-        where = f"; its submodule {inner[0].rpartition('.')[0]!r} is" if inner else "; call attach_uora first"
-        raise ValueError(f"model ({type(model).__name__}) is not the root of an adapted model{where}.")
-    return owner

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lightning_uora.adapters.kinds import is_linear_like
+from lightning_uora.adapters.names import named_modules
 from lightning_uora.adapters.role_names import (
     ATTENTION,
     HEADS,
@@ -123,7 +124,7 @@ def find_heads(model: nn.Module) -> tuple[str, ...]:
     backbone, unless it is a language-model head; elsewhere layers called ``head``, ``classifier``, ``fc`` and
     the like at the root or one below.
     """
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     names = {id(module): name for name, module in modules.items()}
     heads: list[nn.Module] = []
     known: set[str] = set()

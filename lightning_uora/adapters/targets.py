@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_uora.adapters.kinds import has_plain_forward, is_linear_like, is_supported, unsupported
+from lightning_uora.adapters.names import named_modules, named_parameters
 from lightning_uora.adapters.own_layers import own_layers
+from lightning_uora.adapters.passing import frozen_parts, passed_by, tied_beyond
 from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
 from lightning_uora.config import PRESETS, UORAConfig
 
@@ -26,11 +28,15 @@ class Selection:
         adapted: Modules to adapt.
         trained: Modules and bare parameters to train as they are.
         left: A user's own layers that are neither, and stay frozen at their start.
+        kept: Parts that the user froze, beside parts that train: left as they are.
+        said: What the user should know of the choice, a sentence each.
     """
 
     adapted: tuple[str, ...]
     trained: tuple[str, ...]
     left: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 def select(model: nn.Module, config: UORAConfig) -> Selection:
@@ -43,7 +49,7 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
             invalid regular expression; a preset that finds nothing (another is proposed); a module named both
             as target and as trained; a weight shared by two targets; dropout where it cannot be applied.
     """
-    modules, own = dict(model.named_modules()), own_layers(model)
+    modules, own = named_modules(model), own_layers(model)
     targets = _as_tuple(config.target_modules)
     excluded = inside(modules, _expand(modules, config.exclude_modules, "exclude_modules"))
     if config.trainable_modules == "auto":
@@ -63,11 +69,17 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         found = _preset(modules, target) if target in PRESETS else _matches(modules, target, "target_modules")
         kept = [name for name in found if name not in excluded and name not in reserved]
         chosen.update(_adaptable(modules, target, kept, found))
+    frozen = frozen_parts(modules, chosen, targets)
+    chosen -= inside(modules, frozen)
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)
     new = dict.fromkeys(own.heads + own.others) if config.trainable_modules else {}
     left = [name for name in new if not _touched(name, (*adapted, *trained)) and name not in excluded]
-    return Selection(adapted, trained, tuple(left))
+    said = [
+        *tied_beyond(model, trained),
+        *passed_by(modules, adapted, (*trained, *excluded, *frozen), targets),
+    ]
+    return Selection(adapted, trained, tuple(left), frozen, tuple(said))
 
 
 def _touched(name: str, others: tuple[str, ...]) -> bool:
@@ -86,7 +98,7 @@ def _expand(modules: dict[str, nn.Module], patterns: Sequence[str], field: str) 
 
 def _trained(model: nn.Module, modules: dict[str, nn.Module], patterns: Sequence[str]) -> tuple[str, ...]:
     """Modules, and parameters by their full names or suffixes, in model order."""
-    bare = tuple(name for name, _ in model.named_parameters())
+    bare = tuple(named_parameters(model, every=True))
     found = {name for pattern in patterns for name in _matches(modules, pattern, "trainable_modules", bare)}
     within = tuple(f"{name}." for name in modules if name in found)
     alone = [name for name in bare if name in found and not name.startswith(within)]

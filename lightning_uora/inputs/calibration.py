@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters import Projections, projections_of, require_no_inference_mode, seeded_generator
+from lightning_uora.adapters import (
+    Attachment,
+    Projections,
+    attachment_of,
+    require_no_inference_mode,
+    seeded_generator,
+)
 from lightning_uora.inputs.moments import (
     principal_rows,
 )
@@ -54,11 +60,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Forward | None 
 
     Source: METHOD decision 7, after EVA (arXiv:2410.07170), *ours*.
     """
-    calibrate_with(model, batches, forward)
+    calibrate_with(attachment_of(model, "calibrate"), batches, forward)
 
 
 def calibrate_with(
-    model: nn.Module,
+    one: Attachment,
     batches: Iterable[Any],
     forward: Forward | None = None,
     around: nn.Module | None = None,
@@ -67,18 +73,18 @@ def calibrate_with(
     """As :func:`calibrate`.
 
     Args:
-        model: Likewise.
+        one: The adapted model.
         batches: Likewise.
         forward: Likewise.
         around: The module whose state ``forward`` may move, where it is more than the model.
         few: Take fewer rows than r as well, and draw the rest.
     """
-    owner = projections_of(model)
+    owner = one.owner
     require_no_inference_mode("calibrate")
     _require_uncalibrated(owner)
     rank, seed = owner.config.rank, owner.config.seed
-    watch = Watch(model, rank, off=True)
-    watch.run(batches, forward, model if around is None else around, fewest=0 if few else rank)
+    watch = Watch(one, rank, off=True)
+    watch.run(batches, forward, one.root if around is None else around, fewest=0 if few else rank)
     values = {}
     for key, axes in watch.axes():
         n = int(key.split("_")[1])
@@ -92,7 +98,10 @@ def calibrate_with(
 
 @contextmanager
 def inputs_observed(
-    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, around: nn.Module | None = None
+    model: nn.Module | Attachment,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    around: nn.Module | None = None,
 ) -> Iterator[None]:
     """Refreshes inside know the unused principal axes of the inputs, for ``growth="inputs"``.
 
@@ -104,9 +113,10 @@ def inputs_observed(
         forward: Likewise.
         around: The module whose state ``forward`` may move, where it is more than the model.
     """
-    owner = projections_of(model)
-    watch = Watch(model, 2 * owner.config.rank, off=False)
-    watch.run(batches, forward, model if around is None else around, fewest=0)
+    one = model if isinstance(model, Attachment) else attachment_of(model, "inputs_observed")
+    owner = one.owner
+    watch = Watch(one, 2 * owner.config.rank, off=False)
+    watch.run(batches, forward, one.root if around is None else around, fewest=0)
     found = dict(watch.axes())
 
     def unused(buffer: str, basis: Tensor, wanted: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_uora.adapters import AdaptedModule, Part, adapted_modules, projections_of, seeded_generator
+from lightning_uora.adapters import AdaptedModule, Attachment, Part, seeded_generator
 from lightning_uora.inputs.patches import patches
 
 __all__ = ["PATCH_ROWS", "Observer"]
@@ -49,14 +49,14 @@ class Observer(TorchFunctionMode):
     modules that standardise their weight first.
 
     Args:
-        model: The root of the adapted model.
+        one: The adapted model.
         see: Called with the module, the part, and the rows.
     """
 
-    def __init__(self, model: nn.Module, see: Callable[[AdaptedModule, Part, Tensor], None]) -> None:
+    def __init__(self, one: Attachment, see: Callable[[AdaptedModule, Part, Tensor], None]) -> None:
         super().__init__()
-        self.owner, self.see = projections_of(model), see
-        self.layers = [module for _, module in adapted_modules(model)]
+        self.owner, self.see = one.owner, see
+        self.layers = [module for _, module in one.layers]
         self.weights: dict[int, tuple[Tensor, Use]] = {}
         self.inside: list[AdaptedModule] = []
         self.calls: dict[int, int] = {}

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lightning_uora.adapters import (
     AdaptedModule,
+    Attachment,
     Part,
-    adapted_modules,
     one_thread,
-    projections_of,
     seeded_generator,
 )
 from lightning_uora.distributed import agreed, is_sharded, on_any_rank, summed
@@ -39,15 +38,15 @@ class Watch:
     """The moments of one calibration, by the name of the buffer that they are for.
 
     Args:
-        model: The root of the adapted model.
+        one: The adapted model.
         count: Leading axes wanted of each.
         off: Run the frozen model, without its adapters.
     """
 
-    def __init__(self, model: nn.Module, count: int, off: bool) -> None:
-        self.model, self.owner, self.count, self.off = model, projections_of(model), count, off
-        self.layers = list(adapted_modules(model))
-        if is_sharded(model):
+    def __init__(self, one: Attachment, count: int, off: bool) -> None:
+        self.one, self.owner, self.count, self.off = one, one.owner, count, off
+        self.layers = one.layers
+        if is_sharded(one.root):
             raise ValueError(
                 "the model is sharded, and looking at its inputs would disturb its shards; call calibrate "
                 "after attach_uora and before fully_shard."
@@ -132,8 +131,8 @@ class Watch:
 
     def _call(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+            return self.one.root(**batch)
+        return self.one.root(*batch) if isinstance(batch, (tuple, list)) else self.one.root(batch)
 
     def _pass(self, batches: list[Any], run: Forward, around: nn.Module, counts: bool) -> None:
         def see(layer: AdaptedModule, part: Part, x: Tensor) -> None:
@@ -151,7 +150,7 @@ class Watch:
                 self.moments[key].add(x)
 
         refused: Exception | None = None
-        with unchanged(around, but=self.owner), self._adapters(), torch.no_grad(), Observer(self.model, see):
+        with unchanged(around, but=self.owner), self._adapters(), torch.no_grad(), Observer(self.one, see):
             for index, batch in enumerate(batches):
                 try:
                     with _eager():

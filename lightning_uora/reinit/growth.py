@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters import AdaptedModule, Projections, one_thread, projections_of, seeded_generator
+from lightning_uora.adapters import AdaptedModule, Projections, attachments, one_thread, seeded_generator
 from lightning_uora.config import UORAConfig
 from lightning_uora.distributed import on_any_rank, summed, whole
 from lightning_uora.reinit.rotation import basis, unit_rows, without
@@ -20,12 +20,14 @@ __all__ = ["gradients_collected", "picked_directions", "require_gradients", "req
 @contextmanager
 def gradients_collected(model: nn.Module) -> Iterator[None]:
     """Backward passes inside sum dL/dW_eff of every adapted weight, for ``growth="gradient"``."""
-    owner = projections_of(model)
-    owner.gradients = {}
+    owners = [one.owner for one in attachments(model)]
+    for owner in owners:
+        owner.gradients = {}
     try:
         yield
     finally:
-        owner.gradients = None
+        for owner in owners:
+            owner.gradients = None
 
 
 def require_growth_possible(growth: str, config: UORAConfig) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_uora.adapters import (
+    Attachment,
     Projections,
-    adapted_modules,
     one_thread,
-    projections_of,
+    require_attachments,
     require_no_inference_mode,
     seeded_generator,
 )
@@ -46,13 +46,14 @@ def refresh(
     every rank must call it; all make the same refresh, see Note [One decision on all ranks].
 
     Args:
-        model: The root that was given to ``attach_uora``.
+        model: The adapted model, or a module around several.
         schedule: Threshold, fraction, interpolation, vectors, criterion, growth; its steps are not looked at.
         optimizer: Its first moments of refreshed entries are cleared (Adam family, SGD, RMSprop).
 
     Returns:
         The indices refreshed in each projection: rows of ``"A_<n>"``, columns of ``"B_<m>"``, rows of
-        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. Empty where nothing was weak.
+        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. Of several adapted models each
+        name begins with its path and a dot. Empty where nothing was weak.
 
     Raises:
         ValueError: The model is not adapted; d or b is not finite (the layer is named); the criterion or the
@@ -61,7 +62,10 @@ def refresh(
     Source: UORA (arXiv:2505.20154) for interpolating weak rows towards fresh ones; METHOD decisions 2-4 are
     *ours*.
     """
-    return refresh_at(model, schedule, optimizer, {}, len(projections_of(model).record))
+    found = require_attachments(model, "refresh")
+    rows = [refresh_at(one, schedule, optimizer, {}, len(one.owner.record)) for one in found]
+    named = zip(found, rows, strict=True) if len(found) > 1 else ()
+    return {f"{one.prefix}{key}": chosen for one, r in named for key, chosen in r.items()} or rows[0]
 
 
 def rebuild(model: nn.Module) -> None:
@@ -69,19 +73,20 @@ def rebuild(model: nn.Module) -> None:
 
     With ``init="inputs"`` A cannot be rebuilt, and stays as it is.
     """
-    rebuild_around(model, projections_of(model).stored())
+    for one in require_attachments(model, "rebuild"):
+        rebuild_around(one, one.owner.stored())
 
 
-def rebuild_around(model: nn.Module, given: dict[str, Tensor]) -> None:
+def rebuild_around(one: Attachment, given: dict[str, Tensor]) -> None:
     """As :func:`rebuild`, with the projections in ``given`` taken as they are."""
-    owner = projections_of(model)
+    owner = one.owner
     record = list(owner.record)
     owner.reset()
     with torch.no_grad():
         for name, values in given.items():
             owner.writable(name).copy_(values)
         for number, entry in enumerate(record):
-            slots = {slot.key: slot for v in ("d", "b") for slot in slots_of(model, v)}
+            slots = {slot.key: slot for v in ("d", "b") for slot in slots_of(one, v)}
             plan = [(slots[key], rows) for key, rows in entry["rows"].items() if key not in given]
             _write(owner, _turn(owner, plan, entry, number))
     owner.record = record
@@ -95,7 +100,7 @@ def rebuild_around(model: nn.Module, given: dict[str, Tensor]) -> None:
 
 
 def refresh_at(
-    model: nn.Module,
+    one: Attachment,
     schedule: ReinitSchedule,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     averages: dict[str, Tensor],
@@ -103,14 +108,14 @@ def refresh_at(
 ) -> dict[str, list[int]]:
     """As :func:`refresh`, with the number of the step and the averages for ``criterion="ema"``."""
     optimizers = _optimizers(optimizer)
-    owner = projections_of(model)
+    owner = one.owner
     require_no_inference_mode("a refresh")
     owner.require_calibrated("a refresh")
-    reshard_(model)
-    _check(model, owner, schedule, step)
+    reshard_(one.root)
+    _check(one, schedule, step)
     if schedule.interpolation == 0.0:
         return {}
-    plan = _plan(model, schedule, scores_of(model, schedule, optimizers, averages))
+    plan = _plan(one, schedule, scores_of(one, schedule, optimizers, averages))
     if not plan:
         return {}
     entry: dict[str, Any] = {
@@ -130,18 +135,19 @@ def refresh_at(
 
 
 def _plan(
-    model: nn.Module, schedule: ReinitSchedule, scores: dict[tuple[int, str], Tensor]
+    one: Attachment, schedule: ReinitSchedule, scores: dict[tuple[int, str], Tensor]
 ) -> list[tuple[Slot, list[int]]]:
     """What to refresh, and which rows of it; see Note [One decision on all ranks]."""
-    slots = [slot for vector in schedule.vectors for slot in slots_of(model, vector)]
+    slots = [slot for vector in schedule.vectors for slot in slots_of(one, vector)]
     chosen = agreed(
         [weakest([scores[layer._uora.index, s.vector] for layer in s.layers], schedule) for s in slots]
     )
     return [(slot, rows) for slot, rows in zip(slots, chosen, strict=True) if rows]
 
 
-def _check(model: nn.Module, owner: Projections, schedule: ReinitSchedule, step: int) -> None:
-    vectors = [(n, v, p) for n, m in adapted_modules(model) for v, p in (("d", m.uora_d), ("b", m.uora_b))]
+def _check(one: Attachment, schedule: ReinitSchedule, step: int) -> None:
+    owner = one.owner
+    vectors = [(n, v, p) for n, m in one.layers for v, p in (("d", m.uora_d), ("b", m.uora_b))]
     finite = torch.stack([whole(p.detach()).isfinite().all() for _, _, p in vectors])
     if not finite.all():
         name, vector, _ = vectors[int(finite.logical_not().nonzero()[0])]

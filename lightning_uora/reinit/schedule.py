@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_uora.adapters import adapted_modules, projections_of
+from lightning_uora.adapters import Attachment
 from lightning_uora.config import ReinitSchedule
 from lightning_uora.distributed import like, whole
 from lightning_uora.reinit.refresh import refresh_at
@@ -57,30 +57,29 @@ class Refresher:
         self.handled, self.refreshed = state["handled"], state["refreshed"]
         self.averages = dict(state["averages"])
 
-    def before_step(self, model: nn.Module, step: int) -> None:
+    def before_step(self, one: Attachment, step: int) -> None:
         """Start to collect gradients where a refresh that wants them is near."""
         if self.schedule.growth == "gradient":
-            owner = projections_of(model)
+            owner = one.owner
             if owner.gradients is None and self.is_due(step + GRADIENT_STEPS):
                 owner.gradients = {}
 
     def after_step(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], step: int
+        self, one: Attachment, optimizers: Sequence[Optimizer], step: int
     ) -> dict[str, list[int]] | None:
         """Observe a finished optimizer step; the refreshed rows where a refresh was due, else None."""
         if self.schedule.criterion == "ema":
-            self._observe(model)
+            self._observe(one)
         if not self.is_due(step):
             return None
-        owner = projections_of(model)
-        rows = refresh_at(model, self.schedule, optimizers, self.averages, step)
-        owner.gradients = None
+        rows = refresh_at(one, self.schedule, optimizers, self.averages, step)
+        one.owner.gradients = None
         self.handled = step
         self.refreshed += sum(map(len, rows.values()))
         return rows
 
-    def _observe(self, model: nn.Module) -> None:
-        for name, layer in adapted_modules(model):
+    def _observe(self, one: Attachment) -> None:
+        for name, layer in one.layers:
             for vector, parameter in (("d", layer.uora_d), ("b", layer.uora_b)):
                 key, now = f"{name}:{vector}", parameter.detach().abs()
                 if key in self.averages:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_uora.adapters import AdaptedModule, adapted_modules
+from lightning_uora.adapters import AdaptedModule, Attachment
 from lightning_uora.config import ReinitSchedule
 from lightning_uora.distributed import whole
 
@@ -46,10 +46,10 @@ class Slot:
         return M.t() if self.key.startswith("B_") and not self.key.endswith(":rows") else M
 
 
-def slots_of(model: nn.Module, vector: str) -> list[Slot]:
+def slots_of(one: Attachment, vector: str) -> list[Slot]:
     """Every projection that entries of ``vector`` scale; see Note [Whose row is it]."""
     found: dict[str, list[AdaptedModule]] = {}
-    for _, layer in adapted_modules(model):
+    for _, layer in one.layers:
         adapter = layer._uora
         own = f"_{adapter.index}" if adapter.owner.config.share == "layer" else ""
         widths = {part.n: None for part in layer.adapted_parts} if vector == "d" else {}
@@ -60,7 +60,7 @@ def slots_of(model: nn.Module, vector: str) -> list[Slot]:
 
 
 def scores_of(
-    model: nn.Module, schedule: ReinitSchedule, optimizers: list[Optimizer], averages: dict[str, Tensor]
+    one: Attachment, schedule: ReinitSchedule, optimizers: list[Optimizer], averages: dict[str, Tensor]
 ) -> dict[tuple[int, str], Tensor]:
     """The score of every entry by the schedule's criterion, by layer and vector, on the CPU.
 
@@ -68,7 +68,7 @@ def scores_of(
         ValueError: The criterion needs averages or second moments that are not there.
     """
     scores = {}
-    for name, layer in adapted_modules(model):
+    for name, layer in one.layers:
         for vector in schedule.vectors:
             parameter = layer.uora_d if vector == "d" else layer.uora_b
             score = whole(parameter.detach()).abs()

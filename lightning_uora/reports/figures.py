@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters import AdaptedModule, named_adapters, projections_of
+from lightning_uora.adapters import AdaptedModule, attachment_of
 from lightning_uora.distributed import whole
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def plot_vectors(model: nn.Module) -> Figure:
         ImportError: matplotlib is not installed (extra ``plot``).
         ValueError: The model is not adapted.
     """
-    record = projections_of(model).record
-    layers = list(named_adapters(model))
+    one = attachment_of(model, "plot_vectors")
+    record, layers = one.owner.record, one.layers
     magnitudes = [_magnitudes(module.uora_d) for _, module in layers]
     figure = _figure(10, 1.8 + 0.18 * len(layers))
     heat, spread = figure.subplots(1, 2, width_ratios=[3, 1], sharey=True)
@@ -74,8 +74,9 @@ def plot_refreshes(model_or_records: nn.Module | Sequence[dict[str, Any]]) -> Fi
         ValueError: The model is not adapted.
     """
     model = model_or_records if isinstance(model_or_records, nn.Module) else None
-    records = projections_of(model).record if model is not None else list(model_or_records)  # type: ignore[arg-type]
-    layers = list(named_adapters(model)) if model is not None else []
+    one = None if model is None else attachment_of(model, "plot_refreshes")
+    records = list(model_or_records) if one is None else one.owner.record  # type: ignore[arg-type]
+    layers = [] if one is None else one.layers
     rank = layers[0][1].uora_d.numel() if layers else None
     counts: dict[str, list[float]] = {}
     for column, entry in enumerate(records):

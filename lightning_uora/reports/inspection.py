@@ -13,10 +13,11 @@ from torch import nn
 from lightning_uora.adapters import (
     AdaptedModule,
     attach_uora,
+    attachment_of,
     factored_flops,
     merged_flops,
     named_adapters,
-    projections_of,
+    trained_parameters,
 )
 from lightning_uora.config import UORAConfig
 
@@ -164,7 +165,7 @@ def inspect_model(model: nn.Module, config: UORAConfig, tokens: int = 2048, name
     attach_uora(model, config)
     adapters = dict(named_adapters(model))
     layers = tuple(_cost(layer_name, module, tokens) for layer_name, module in adapters.items())
-    buffers = projections_of(model).named_buffers()
+    buffers = attachment_of(model, "inspection").owner.named_buffers()
     sizes = {buffer_name: b.numel() * b.element_size() for buffer_name, b in buffers}
     parts = [part for module in adapters.values() for part in module.adapted_parts]
     own = [f"B_{layer.m}" for layer in layers]
@@ -174,7 +175,7 @@ def inspect_model(model: nn.Module, config: UORAConfig, tokens: int = 2048, name
     )
     stored = sum(FLOAT16 * config.rank * int(n.split("_")[1]) for n in given)
     largest = max(part.n for part in parts) + max(layer.m for layer in layers)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trained_parameters(model).values())
     return Inspection(
         model=name or type(model).__name__,
         rank=config.rank,

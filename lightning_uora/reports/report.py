@@ -11,7 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_uora.adapters import find_owner, named_adapters
+from lightning_uora.adapters import (
+    attachments,
+    named_adapters,
+    named_modules,
+    trained_names,
+    trained_parameters,
+)
 
 __all__ = ["LayerSummary", "Summary", "summarize", "trained_parts"]
 
@@ -43,6 +49,7 @@ class Summary:
         trained: What trains besides the vectors, by name ("biases" where they train alone), and how many
             numbers.
         left: Your own layers that stay frozen at their random start.
+        kept: Parts that you froze and that stay as they are.
     """
 
     adapter_params: int
@@ -51,6 +58,7 @@ class Summary:
     layers: tuple[LayerSummary, ...]
     trained: tuple[tuple[str, int], ...] = ()
     left: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def trainable_fraction(self) -> float:
@@ -84,6 +92,8 @@ class Summary:
         )
         if self.left:
             table.add_row(f"frozen at their start: {', '.join(self.left)}", "", "", "0")
+        if self.kept:
+            table.add_row(f"left as you froze it: {', '.join(self.kept)}", "", "", "0")
         return table
 
     def __str__(self) -> str:
@@ -125,24 +135,24 @@ def summarize(model: nn.Module) -> Summary:
         m, n, rank = sum(part.m for part in parts), parts[0].n, module.uora_d.numel()
         layers.append(LayerSummary(name, module.original_class.__name__, m, n, rank, rank + m))
     parameters = list(model.parameters())
-    path, owner = find_owner(model)
+    found = attachments(model)
     return Summary(
         adapter_params=sum(layer.adapter_params for layer in layers),
-        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
+        trainable_params=sum(p.numel() for p in trained_parameters(model).values()),
         total_params=sum(p.numel() for p in parameters),
         layers=tuple(layers),
         trained=tuple((name, sum(p.numel() for p in found)) for name, found in trained_parts(model).items()),
-        left=tuple(f"{path}{name}" for name in owner.left) if owner is not None else (),
+        left=tuple(f"{one.prefix}{name}" for one in found for name in one.owner.left),
+        kept=tuple(f"{one.prefix}{name}" for one in found for name in one.owner.kept),
     )
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """What trains besides the vectors: by module where all of it does, by parameter else, biases together."""
-    vectors = {id(v) for _, module in named_adapters(model) for v in (module.uora_d, module.uora_b)}
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    trained = trained_names(model)
     found: dict[str, list[nn.Parameter]] = {}
     covered: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         inner = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()] if name else []
         if inner and not f"{name}.".startswith(covered) and all(full in trained for full in inner):
             found[name] = [trained[full] for full in inner]

@@ -5,17 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_uora.adapters import OWNER, attach_uora, detach_uora, projections_of
+from lightning_uora.adapters import (
+    OWNER,
+    Attachment,
+    Selection,
+    attach_to,
+    attachment_of,
+    detach_uora,
+    is_adapted,
+    named_adapters,
+    unwrapped,
+)
 from lightning_uora.distributed import first_rank, is_sharded, whole
 from lightning_uora.storage.manifest import check_manifest, check_vectors, config_of
+from lightning_uora.storage.placing import place_of, renamed
 from lightning_uora.storage.restoring import Mismatch, adapter_state, describe, restore
 
 __all__ = ["load_adapter", "read", "save_adapter", "write_folder"]
@@ -29,25 +42,28 @@ def save_adapter(
 ) -> None:
     """Write an adapter as ``uora_config.json`` and ``uora_adapter.safetensors``.
 
-    Both are written under temporary names and renamed when complete: a crash or a full disk leaves the old
-    files. If the model is sharded every rank must call this, and the first one writes.
+    Both are written under temporary names, read back, compared and then renamed: a crash, a full disk or a
+    bad one leaves the old files. The file holds every number that trained, frozen since or not. If the model is sharded every rank must call this, and the first one writes.
 
     Args:
-        model: The root that was given to ``attach_uora``.
+        model: The adapted model, a module around it, or a part that holds all that was trained; the names in
+            the file are of what is given.
         directory: Made if it does not exist.
         projections: ``"record"`` stores how A and B came about, a few bytes (and, with ``init="inputs"``, A
             in float16, which is exact); ``"full"`` stores them.
 
     Raises:
-        ValueError: The model is not adapted or not calibrated, or ``projections`` is neither of the two.
-        OSError: The directory cannot be written.
+        ValueError: The model is not adapted or not calibrated, holds several adapted models, or only a part of
+            what was trained; ``projections`` is neither of the two.
+        OSError: The directory cannot be written, or what was written reads back otherwise.
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
-    owner = projections_of(model)
+    one = whole_of(model)
+    owner = one.owner
     owner.require_calibrated("saving an adapter")
-    manifest = describe(model)
-    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in adapter_state(model).items()}
+    manifest = describe(one)
+    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in adapter_state(one).items()}
     if is_sharded(model) and not first_rank():
         return
     given = dict(owner.named_buffers()) if projections == "full" else owner.stored()
@@ -78,7 +94,9 @@ def write_folder(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         new_tensors, new_config = Path(temporary) / tensor_file, Path(temporary) / config_file
         save_file(tensors, new_tensors)
-        new_config.write_text(json.dumps(config(new_tensors), indent=1))
+        told = config(new_tensors)
+        new_config.write_text(json.dumps(told, indent=1))
+        _compare(new_tensors, tensors, new_config, told)
         new_tensors.chmod(
             new_config.stat().st_mode
         )  # safetensors writes for the owner alone, whatever the umask
@@ -86,13 +104,44 @@ def write_folder(
         new_config.replace(folder / config_file)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, base_mismatch: Mismatch = "error") -> list[str]:
+def _compare(tensor_file: Path, tensors: dict[str, Tensor], config_file: Path, told: dict[str, Any]) -> None:
+    """Raise ``OSError`` unless what was written reads back as it was given."""
+    found = load_file(tensor_file)
+    wrong = [n for n, t in tensors.items() if n not in found or not _same(found[n], t)]
+    if wrong or len(found) != len(tensors) or json.loads(config_file.read_text()) != told:
+        raise OSError(
+            f"what was written reads back otherwise ({wrong[0] if wrong else config_file.name}); the disk may be "
+            "full or bad. The old files are as they were."
+        )
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Bit by bit: NaN equals itself."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
+
+
+def whole_of(model: nn.Module) -> Attachment:
+    """The adapted model in ``model``, with names as of ``model`` where that holds all of it."""
+    one = attachment_of(model, "a file")
+    return Attachment("", model, one.owner, one.key) if one.path else one
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, base_mismatch: Mismatch = "error", *, head: bool = True
+) -> list[str]:
     """Adapt a plain model as a saved adapter says, and load it. After an error the model is as it was.
+
+    The adapter may have been saved from a module around the model, or from a part of it: the names are
+    matched, and a warning says how.
 
     Args:
         model: The base, not adapted; any device and dtype.
         directory: What :func:`save_adapter` wrote.
-        base_mismatch: ``"warn"`` loads onto another base with a warning.
+        base_mismatch: ``"warn"`` loads onto another base with a warning, and leaves a head aside that does not
+            fit.
+        head: False leaves the head that was trained with the adapter aside; the model's own trains.
 
     Returns:
         Names of the adapted modules, in model order.
@@ -100,16 +149,34 @@ def load_adapter(model: nn.Module, directory: str | Path, base_mismatch: Mismatc
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, of a newer version, or belongs to another adapter, architecture or
-            base.
+            base; its head does not fit.
     """
     manifest, tensors = read(directory)
-    names = attach_uora(model, config_of(manifest))
+    if is_adapted(model):
+        raise ValueError("model is adapted already; call detach_uora(model) first, or use another copy.")
+    config = config_of(manifest)
+    place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
+    manifest = {
+        **manifest,
+        "adapted": [name.removeprefix(place.without) for name in manifest["adapted"]],
+        "layers": renamed(manifest["layers"], place.without),
+        "base": renamed(manifest["base"], place.without),
+    }
+    tensors = renamed(tensors, place.without)
+    trained = [name.removeprefix(place.without) for name in manifest["trained"]]
+    chosen = Selection(
+        tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
+    )
+    attach_to(place.root, config, chosen)
+    one = attachment_of(place.root, "load_adapter")
     try:
-        restore(model, manifest, tensors, base_mismatch)
+        restore(one, manifest, tensors, base_mismatch, place.aside)
     except BaseException:
-        detach_uora(model)
+        detach_uora(place.root)
         raise
-    return names
+    if place.said and first_rank():
+        warnings.warn(place.said, stacklevel=2)
+    return [name for name, _ in named_adapters(model)]
 
 
 def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

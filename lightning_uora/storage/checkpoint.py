@@ -5,27 +5,48 @@ from __future__ import annotations
 import io
 import tempfile
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_uora.adapters import OWNER, attach_uora, find_root, is_adapted, named_adapters, projections_of
+from lightning_uora.adapters import (
+    OWNER,
+    Attachment,
+    Selection,
+    attach_to,
+    attachments,
+    is_adapted,
+    plain,
+    trained_parameters,
+)
 from lightning_uora.config import UORAConfig, differences
 from lightning_uora.distributed import is_sharded
-from lightning_uora.storage.manifest import check_checkpoint, check_manifest, check_vectors, config_of
+from lightning_uora.storage.manifest import (
+    SEVERAL,
+    check_checkpoint,
+    check_vectors,
+    config_of,
+    manifests_of,
+)
 from lightning_uora.storage.restoring import (
     Mismatch,
     check_base,
     check_keys,
     check_names,
     describe,
+    few,
+    require_modules,
     take_projections,
 )
 
 __all__ = ["CheckpointHooks", "load_from_checkpoint", "read_checkpoint", "save_checkpoint"]
 
+
+STATES = ("state_dict", "current_model_state")
+"""Where checkpoints keep the module's numbers; the second is ``WeightAveraging``'s, of the unaveraged ones."""
 
 # Note [Strategies that load weights first]
 # ModelParallelStrategy loads the weights before any hook, buffer by buffer of the fresh module: it knows
@@ -49,12 +70,17 @@ class CheckpointHooks:
         module: The LightningModule.
         kind: ``"full"`` keeps the whole state dict; ``"adapter"`` drops the frozen base and A and B.
         base_mismatch: What another base is, when an ``"adapter"`` checkpoint is loaded.
+        look: Told, with the module, of a checkpoint before anything of it is loaded.
     """
 
     def __init__(
-        self, module: nn.Module, kind: Literal["full", "adapter"], base_mismatch: Mismatch = "error"
+        self,
+        module: nn.Module,
+        kind: Literal["full", "adapter"],
+        base_mismatch: Mismatch = "error",
+        look: Callable[[Any, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.module, self.kind, self.base_mismatch = module, kind, base_mismatch
+        self.module, self.kind, self.base_mismatch, self.look = module, kind, base_mismatch, look
 
     def install(self) -> None:
         """Put the hooks on the module."""
@@ -62,32 +88,57 @@ class CheckpointHooks:
         self.module.__dict__["on_load_checkpoint"] = self.load
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest; drop what can be rebuilt from an ``"adapter"`` checkpoint."""
-        if is_adapted(self.module):  # it may have been merged and detached since
-            self._describe_and_drop(checkpoint)
+        """Add the manifest; drop what can be rebuilt from an ``"adapter"`` checkpoint.
+
+        Raises:
+            ValueError: The module's own hook has dropped numbers that trained.
+        """
+        found = attachments(self.module)  # none where it was merged and detached since
+        if found:
+            self._describe_and_drop(checkpoint, found)
         own: Any = type(self.module)
         own.on_save_checkpoint(self.module, checkpoint)
+        if found:
+            self._require_all(checkpoint)
 
-    def _describe_and_drop(self, checkpoint: dict[str, Any]) -> None:
-        path, root = find_root(self.module)
+    def _describe_and_drop(self, checkpoint: dict[str, Any], found: list[Attachment]) -> None:
+        manifests = []
+        for one in found:
+            if self.kind == "adapter":
+                one.owner.require_calibrated("an adapter checkpoint")
+            manifest = {**describe(one, base=self.kind == "adapter"), "kind": self.kind, "root": one.path}
+            if one.key != OWNER:
+                manifest["owner"] = one.key
+            if self.kind == "full" and is_sharded(one.root):
+                saved, owner = checkpoint["state_dict"], _owner_prefix(one)
+                buffers = one.owner.named_buffers()
+                manifest["exact"] = {n: saved.get(f"{owner}{n}", b.cpu()) for n, b in buffers}
+            manifests.append(manifest)
+        several = {"version": SEVERAL, "kind": self.kind, "several": manifests}
+        checkpoint["uora"] = manifests[0] if len(manifests) == 1 else several
         if self.kind == "adapter":
-            projections_of(root).require_calibrated("an adapter checkpoint")
-        prefix = f"{path}." if path else ""
-        manifest = describe(root, base=self.kind == "adapter")
-        checkpoint["uora"] = {**manifest, "kind": self.kind, "root": path}
-        if self.kind == "full" and is_sharded(root):
-            saved = checkpoint["state_dict"]
-            checkpoint["uora"]["exact"] = {
-                name: saved.get(f"{prefix}{OWNER}.{name}", buffer.cpu())
-                for name, buffer in projections_of(root).named_buffers()
-            }
-        if self.kind == "adapter":
-            dropped = {f"{prefix}{name}" for name in manifest["base"]}
-            state = checkpoint["state_dict"].items()
-            owner = f"{prefix}{OWNER}."
-            kept = {k: v for k, v in state if k not in dropped and not k.startswith(owner)}
-            stored = projections_of(root).stored()
-            checkpoint["state_dict"] = kept | {f"{owner}{name}": A for name, A in stored.items()}
+            dropped = {f"{o.prefix}{n}" for o, m in zip(found, manifests, strict=True) for n in m["base"]}
+            owners = tuple(map(_owner_prefix, found))
+            for name in STATES:
+                if name in checkpoint:
+                    checkpoint[name] = {
+                        key: value
+                        for key, value in checkpoint[name].items()
+                        if plain(key) not in dropped and not plain(key).startswith(owners)
+                    }
+            for one in found:
+                stored = {f"{_owner_prefix(one)}{name}": A for name, A in one.owner.stored().items()}
+                checkpoint["state_dict"] = checkpoint["state_dict"] | stored
+
+    def _require_all(self, checkpoint: dict[str, Any]) -> None:
+        """Every number that trained is in the checkpoint, or there is none."""
+        held = {plain(key) for key in checkpoint.get("state_dict", ())}
+        lost = [name for name in trained_parameters(self.module) if name not in held]
+        if lost and not is_sharded(self.module):
+            raise ValueError(
+                f"on_save_checkpoint of {type(self.module).__name__} leaves out {few(lost)}, which trained; keep "
+                "what requires gradients, or use UORACallback(checkpoint='adapter') for small files."
+            )
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Complete the checkpoint's state dict with what it left to this module.
@@ -99,48 +150,109 @@ class CheckpointHooks:
             ValueError: Another configuration, architecture or base; missing or unexpected keys; other
             projections.
         """
-        if is_adapted(self.module) and "state_dict" in checkpoint:
-            self._complete(checkpoint)
-        elif is_adapted(self.module) and "uora" in checkpoint:
-            self._complete_module(checkpoint["uora"])
+        found = attachments(self.module)
+        if found and self.look is not None:
+            self.look(self.module, checkpoint)
+        if found and "state_dict" in checkpoint:
+            self._complete(checkpoint, found)
+        elif found and "uora" in checkpoint:
+            self._complete_module(checkpoint, found)
         own: Any = type(self.module)
         own.on_load_checkpoint(self.module, checkpoint)
 
-    def _complete(self, checkpoint: dict[str, Any]) -> None:
-        path, root = find_root(self.module)
-        prefix = f"{path}." if path else ""
-        manifest, state = checkpoint.get("uora"), dict(checkpoint["state_dict"])
-        if manifest is None:
-            if not any("uora_" in key for key in state):  # the plain model's, from before it was adapted
-                state |= {k: v for k, v in self.module.state_dict().items() if "uora_" in k}
+    def _complete(self, checkpoint: dict[str, Any], found: list[Attachment]) -> None:
+        if "uora" not in checkpoint:
+            if not any("uora_" in key for key in checkpoint["state_dict"]):  # from before it was adapted
+                own = {k: v for k, v in self.module.state_dict().items() if "uora_" in k}
+                checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
+            return
+        check_checkpoint(checkpoint, "the checkpoint")
+        pairs = _paired(found, manifests_of(checkpoint["uora"]))
+        if any(manifest["kind"] == "adapter" for _, manifest in pairs):
+            self._complete_adapters(checkpoint, pairs)
         else:
-            check_checkpoint(checkpoint, "the checkpoint")
-            _check_same_config(projections_of(root).config, config_of(manifest))
-            if manifest["kind"] == "adapter":
-                state = self._completed(root, prefix, manifest, state)
-        checkpoint["state_dict"] = state
+            _rebuild_missing(checkpoint["state_dict"], pairs)
+        current = {plain(key): (key, value) for key, value in self.module.state_dict().items()}
+        owners = tuple(map(_owner_prefix, found))
+        for name in STATES:
+            if name in checkpoint:
+                state = {plain(key): value for key, value in checkpoint[name].items()}
+                kinds = {manifest["kind"] for _, manifest in pairs}
+                mine = {
+                    key: value
+                    for key, (_, value) in current.items()
+                    if "adapter" in kinds or (key.startswith(owners) and not _has_owner(state, owners))
+                }
+                known = {current[key][0] if key in current else key: value for key, value in state.items()}
+                checkpoint[name] = {current[key][0]: value for key, value in mine.items()} | known
 
-    def _complete_module(self, manifest: dict[str, Any]) -> None:
-        _, root = find_root(self.module)
-        check_manifest(manifest, "the checkpoint")
-        _check_same_config(projections_of(root).config, config_of(manifest))
-        check_names(root, manifest)
-        check_base(root, manifest["base"], self.base_mismatch)
-        take_projections(root, manifest, manifest.get("exact", {}))
+    def _complete_adapters(
+        self, checkpoint: dict[str, Any], pairs: list[tuple[Attachment, dict[str, Any]]]
+    ) -> None:
+        owners = tuple(_owner_prefix(one) for one, _ in pairs)
+        frozen = {f"{one.prefix}{name}" for one, manifest in pairs for name in manifest["base"]}
+        own = {plain(key): value for key, value in self.module.state_dict().items()}
+        expected = {k: v for k, v in own.items() if k not in frozen and not k.startswith(owners)}
+        state = {plain(key): value for key, value in checkpoint["state_dict"].items()}
+        check_keys(expected, {k: v for k, v in state.items() if not k.startswith(owners)})
+        for one, manifest in pairs:
+            check_base(one, manifest["base"], self.base_mismatch)
+        for one, manifest in pairs:
+            owner = _owner_prefix(one)
+            given = {k.removeprefix(owner): v for k, v in state.items() if k.startswith(owner)}
+            take_projections(one, manifest, given)
+        for name in STATES:
+            if name in checkpoint:
+                checkpoint[name] = {
+                    key: v for key, v in checkpoint[name].items() if not plain(key).startswith(owners)
+                }
 
-    def _completed(
-        self, root: nn.Module, prefix: str, manifest: dict[str, Any], state: dict[str, Any]
-    ) -> dict[str, Any]:
-        own, owner = self.module.state_dict(), f"{prefix}{OWNER}."
-        frozen = {f"{prefix}{name}" for name in manifest["base"]}
-        expected = {k: v for k, v in own.items() if k not in frozen and not k.startswith(owner)}
-        given = {k.removeprefix(owner): v for k, v in state.items() if k.startswith(owner)}
-        state = {k: v for k, v in state.items() if not k.startswith(owner)}
-        check_keys(expected, state)
-        check_base(root, manifest["base"], self.base_mismatch)
-        take_projections(root, manifest, given)
-        current = self.module.state_dict()
-        return {key: state.get(key, value) for key, value in current.items()}
+    def _complete_module(self, checkpoint: dict[str, Any], found: list[Attachment]) -> None:
+        check_checkpoint({"state_dict": {}, **checkpoint}, "the checkpoint")
+        for one, manifest in _paired(found, manifests_of(checkpoint["uora"])):
+            check_names(one, manifest)
+            check_base(one, manifest["base"], self.base_mismatch)
+            take_projections(one, manifest, manifest.get("exact", {}))
+
+
+def _owner_prefix(one: Attachment) -> str:
+    return f"{one.prefix}{one.key}."
+
+
+def _has_owner(state: Mapping[str, Any], owners: tuple[str, ...]) -> bool:
+    return any(key.startswith(owners) for key in state)
+
+
+def _rebuild_missing(state: dict[str, Any], pairs: list[tuple[Attachment, dict[str, Any]]]) -> None:
+    """A and B that the module's own hook left out are rebuilt, or it is an error: never the wrong ones."""
+    plains = {plain(key): value for key, value in state.items()}
+    for one, manifest in pairs:
+        owner = _owner_prefix(one)
+        names = [*manifest["projections"], *(["record"] if manifest["record"] else [])]
+        if all(f"{owner}{name}" in plains for name in names):
+            continue
+        given = {
+            name: plains[f"{owner}{name}"] for name in manifest["projections"] if f"{owner}{name}" in plains
+        }
+        take_projections(one, manifest, given)
+        for key in [key for key in state if plain(key).startswith(owner)]:
+            del state[key]
+
+
+def _paired(
+    found: list[Attachment], manifests: list[dict[str, Any]]
+) -> list[tuple[Attachment, dict[str, Any]]]:
+    """Each adapted model with its manifest. Raises ``ValueError`` where they are not the same ones."""
+    here = {(one.path, one.key): one for one in found}
+    saved = {(manifest["root"], manifest.get("owner", OWNER)): manifest for manifest in manifests}
+    if set(here) != set(saved):
+        raise ValueError(
+            f"the checkpoint has adapters at {few([path or 'the module itself' for path, _ in saved])}, the "
+            f"module at {few([path or 'the module itself' for path, _ in here])}."
+        )
+    for place, one in here.items():
+        _check_same_config(one.owner.config, config_of(saved[place]))
+    return [(one, saved[place]) for place, one in here.items()]
 
 
 def _check_same_config(found: UORAConfig, saved: UORAConfig) -> None:
@@ -172,16 +284,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} was not made with UORACallback; the class's own load_from_checkpoint reads it."
         )
     check_checkpoint(checkpoint, str(path))
-    check_vectors(checkpoint["uora"], checkpoint["state_dict"], str(path))
+    plains = {plain(key): value for key, value in checkpoint["state_dict"].items()}
+    for manifest in manifests_of(checkpoint["uora"]):
+        check_vectors(manifest, plains, str(path))
     return checkpoint
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint under a temporary name and rename it."""
+    """Write a checkpoint under a temporary name, read it back and rename it."""
     target = Path(path)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
         new = Path(temporary) / target.name
         torch.save(checkpoint, new)
+        found = torch.load(new, map_location="cpu", weights_only=False)["state_dict"]
+        wrong = [key for key, t in checkpoint["state_dict"].items() if not torch.equal(found[key], t.cpu())]
+        if wrong or len(found) != len(checkpoint["state_dict"]):
+            raise OSError(f"what was written reads back otherwise ({few(wrong)}); nothing was replaced.")
         new.replace(target)
 
 
@@ -205,7 +323,7 @@ def load_from_checkpoint(
     if given:
         raise ValueError(f"{given[0]} is not an argument here: the module comes whole, on the CPU.")
     checkpoint = read_checkpoint(path)
-    manifest, empty = checkpoint["uora"], io.BytesIO()
+    manifests, empty = manifests_of(checkpoint["uora"]), io.BytesIO()
     torch.save({**checkpoint, "state_dict": {}}, empty)
     empty.seek(0)
     with warnings.catch_warnings():
@@ -214,10 +332,14 @@ def load_from_checkpoint(
         # Written here, of what read_checkpoint let through: without ``weights_only``, which Lightning 2.5
         # would hand on to the class.
         module = module_class.load_from_checkpoint(empty, map_location="cpu", strict=False, **kwargs)
-    if not any(True for _ in named_adapters(module)):
-        attach_uora(module.get_submodule(manifest["root"]), config_of(manifest))
-    hooks = CheckpointHooks(module, manifest["kind"], base_mismatch)
+    if not is_adapted(module):
+        for manifest in manifests:
+            root = module.get_submodule(manifest["root"])
+            chosen = Selection(tuple(manifest["adapted"]), tuple(manifest["trained"]))
+            require_modules(root, manifest["adapted"])
+            attach_to(root, config_of(manifest), chosen)
+    hooks = CheckpointHooks(module, manifests[0]["kind"], base_mismatch)
     hooks.load(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.load_state_dict(checkpoint["state_dict"], strict=getattr(module, "strict_loading", True))
     hooks.install()
     return module

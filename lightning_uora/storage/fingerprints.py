@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_uora.distributed import whole
 
-__all__ = ["fingerprint", "near"]
+__all__ = ["fingerprint", "near", "sample"]
 
 STRIDE = 4099
 
@@ -26,6 +26,12 @@ def fingerprint(t: Tensor) -> list[float]:
     columns = flat[:full].reshape(-1, STRIDE).sum(0, dtype=torch.float64)
     total = (columns * signs).sum() + (flat[full:].double() * signs[: flat.numel() - full]).sum()
     return [float(total), float(torch.linalg.vector_norm(flat, dtype=torch.float64))]
+
+
+def sample(t: Tensor) -> tuple[float, ...]:
+    """A few numbers spread over a tensor: they tell of a write that moved no version."""
+    flat = t.detach().reshape(-1)
+    return tuple(flat[:: max(1, flat.numel() // 16)].double().tolist())
 
 
 def near(found: list[float], expected: list[float], tolerance: float) -> bool:

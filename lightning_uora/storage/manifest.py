@@ -13,9 +13,19 @@ from torch import Tensor
 
 from lightning_uora.config import UORAConfig
 
-__all__ = ["VERSION", "check_checkpoint", "check_manifest", "check_vectors", "config_of"]
+__all__ = [
+    "SEVERAL",
+    "VERSION",
+    "check_checkpoint",
+    "check_manifest",
+    "check_vectors",
+    "config_of",
+    "manifests_of",
+]
 
 VERSION = 1
+SEVERAL = 2
+"""Version of what a checkpoint with more than one adapted model holds: a list of manifests."""
 
 WIDEST = 1 << 24
 """No layer has more features; nothing in a file may say so."""
@@ -51,18 +61,34 @@ def check_manifest(manifest: Any, where: str) -> None:
         raise ValueError(f"{where} is damaged: {error or 'its content is not what it should be'}.") from error
 
 
+def manifests_of(stored: dict[str, Any]) -> list[dict[str, Any]]:
+    """The manifests in a checkpoint: one for each adapted model."""
+    several = stored.get("several")
+    return list(several) if isinstance(several, list) else [stored]
+
+
 def check_checkpoint(checkpoint: dict[str, Any], where: str) -> None:
-    """Raise ``ValueError`` unless a checkpoint's manifest, and what a checkpoint adds to it, can be read."""
-    check_manifest(checkpoint["uora"], where)
-    kind, root = checkpoint["uora"].get("kind"), checkpoint["uora"].get("root")
-    state = checkpoint.get("state_dict")
+    """Raise ``ValueError`` unless a checkpoint's manifests, and what it adds to them, can be read."""
+    stored = checkpoint["uora"]
+    if isinstance(stored, dict) and isinstance(stored.get("version"), int) and stored["version"] > SEVERAL:
+        raise ValueError(
+            f"{where} has version {stored['version']}, this package reads up to {SEVERAL}; update "
+            "lightning-uora."
+        )
+    for manifest in manifests_of(stored) if isinstance(stored, dict) else [stored]:
+        check_manifest(manifest, where)
+        _check_place(manifest, checkpoint.get("state_dict"), where)
+
+
+def _check_place(manifest: dict[str, Any], state: Any, where: str) -> None:
+    kind, root = manifest.get("kind"), manifest.get("root")
     tensors = isinstance(state, dict) and all(
         isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
         for key, value in state.items()
     )
     wrong = {
         "kind": kind not in ("full", "adapter"),
-        "root": not isinstance(root, str),
+        "root": not isinstance(root, str) or not isinstance(manifest.get("owner", ""), str),
         "state_dict": not tensors,
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters import OWNER, attach_uora, detach_uora, find_root, named_adapters
-from lightning_uora.storage.manifest import config_of
+from lightning_uora.adapters import (
+    OWNER,
+    Selection,
+    attach_to,
+    attachment_of,
+    detach_uora,
+    named_adapters,
+    plain,
+)
+from lightning_uora.storage.manifest import config_of, manifests_of
 from lightning_uora.storage.restoring import take_projections
 
 __all__ = ["detached_state", "merge_state", "skeleton"]
@@ -18,7 +28,12 @@ __all__ = ["detached_state", "merge_state", "skeleton"]
 
 def detached_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of an adapted module after its adapters are merged and gone."""
-    detach_uora(find_root(module)[1], merge=True)
+    places = Counter(id(p) for m in module.modules() for p in m._parameters.values())
+    for name, adapted in named_adapters(module):
+        shared = [part for part, W, _ in adapted.merged_weights() if places[id(W)] > 1]
+        if shared:
+            raise ValueError(f"{_tied(f'{name}.{shared[0]}')}")
+    detach_uora(module, merge=True)
     state: dict[str, Tensor] = module.state_dict()
     return state
 
@@ -34,18 +49,12 @@ def skeleton(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     model = nn.Module()
     for name, layer in manifest["layers"].items():
         _place(model, name, layer)
-    names = tuple(f"re:{re.escape(name)}" for name in manifest["adapted"])
-    free = {
-        "target_modules": names,
-        "exclude_modules": (),
-        "trainable_modules": (),
-        "dropout": 0.0,
-        "bias": "none",
-    }
-    attach_uora(model, dataclasses.replace(config_of(manifest), **free))  # type: ignore[arg-type]
+    free = {"target_modules": ("*",), "exclude_modules": (), "trainable_modules": (), "dropout": 0.0}
+    config = dataclasses.replace(config_of(manifest), bias="none", **free)  # type: ignore[arg-type]
+    attach_to(model, config, Selection(tuple(manifest["adapted"]), ()))
     given = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
     given.pop("record", None)
-    take_projections(model, manifest, given)
+    take_projections(attachment_of(model, "skeleton"), manifest, given)
     with torch.no_grad():
         for name, module in named_adapters(model):
             for vector in ("uora_d", "uora_b"):
@@ -75,29 +84,57 @@ def _place(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
     model.add_module(leaf, stand_in)
 
 
-def merge_state(manifest: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+def merge_state(stored: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain state dict: the updates in the weights, computed in float32 at least, no UORA left.
 
+    Args:
+        stored: What the checkpoint says of its adapted models.
+        state: Its state dict.
+
     Raises:
-        ValueError: A weight or vector is missing, or a merged weight is not finite; the module is named.
+        ValueError: A weight or vector is missing, is shared with another module, or a merged weight is not
+            finite; the module is named.
     """
-    prefix = f"{manifest['root']}." if manifest.get("root") else ""
+    keys = {plain(key): key for key in state}
+    merged = {k: t for k, t in state.items() if OWNER not in k and not _is_vector(k)}
+    memory = Counter(t.data_ptr() for t in merged.values() if isinstance(t, Tensor) and t.numel())
+    for manifest in manifests_of(stored):
+        for name, weight in _merged(manifest, {plain(k): t for k, t in state.items()}):
+            if memory[state[keys[name]].data_ptr()] > 1:
+                raise ValueError(_tied(name))
+            merged[keys[name]] = weight
+    return merged
+
+
+def _is_vector(key: str) -> bool:
+    return key.rpartition(".")[2] in ("uora_d", "uora_b")
+
+
+def _tied(name: str) -> str:
+    return (
+        f"{name!r} is one with another weight of the model; a class that ties them would take the merged one "
+        "for both. Use detach_uora(module, merge=True) on the loaded module, which unties them."
+    )
+
+
+def _merged(manifest: dict[str, Any], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    prefix, owner = f"{manifest['root']}." if manifest.get("root") else "", manifest.get("owner", OWNER)
     inner = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-    model = skeleton(manifest, inner)
-    merged = {k: t for k, t in state.items() if OWNER not in k and not k.endswith((".uora_d", ".uora_b"))}
-    for name, module in named_adapters(model):
+    if owner != OWNER:
+        inner = {k: t for k, t in inner.items() if not k.startswith(f"{OWNER}.")}
+        inner = {re.sub(rf"^{owner}\.", f"{OWNER}.", k): t for k, t in inner.items()}
+    for name, module in named_adapters(skeleton(manifest, inner)):
         for part in module.adapted_parts:
             key = ".".join(piece for piece in (prefix.rstrip("."), name, part.name) if piece)
-            stored = next(p for p in manifest["layers"][name]["parts"] if p[0] == part.name)
+            told = next(p for p in manifest["layers"][name]["parts"] if p[0] == part.name)
             if key not in state:
                 raise ValueError(f"the checkpoint lacks {key!r}: it holds adapters without their base.")
             W = state[key]
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():
                 A, B, d, b = (t.to(wide) for t in module._uora_tensors(part.n))
-                flat = (W.t() if stored[4] else W).to(wide)
+                flat = (W.t() if told[4] else W).to(wide)
                 whole = part.delta(flat.reshape(part.m, part.n), A, B, d, b).reshape(flat.shape)
             if not whole.isfinite().all():
                 raise ValueError(f"merging would put non-finite values into the weight of module {name!r}.")
-            merged[key] = (whole.t() if stored[4] else whole).to(W.dtype).contiguous()
-    return merged
+            yield key, (whole.t() if told[4] else whole).to(W.dtype).contiguous()

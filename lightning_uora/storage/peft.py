@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters import AdaptedModule, facts, named_adapters
+from lightning_uora.adapters import AdaptedModule, facts, named_adapters, trained_names
 from lightning_uora.distributed import is_sharded
 from lightning_uora.storage.adapter_files import write_folder
 
@@ -163,11 +163,11 @@ def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[T
 def _heads(model: nn.Module, adapters: dict[str, AdaptedModule]) -> list[str]:
     """Modules that were trained whole. Raises for trained parameters that have no place in PEFT's format."""
     heads: list[str] = []
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if not parameter.requires_grad or leaf in ("uora_d", "uora_b"):
-            continue
-        whole = owner and all(p.requires_grad for p in model.get_submodule(owner).parameters())
+    trained = trained_names(model)
+    ids = {id(p) for p in trained.values()}
+    for name in trained:
+        owner = name.rpartition(".")[0]
+        whole = owner and all(id(p) in ids for p in model.get_submodule(owner).parameters())
         if owner in adapters or not whole:
             raise ValueError(
                 f"{name} was trained by itself, and PEFT's format has no place for it; {USE_MERGE}."

@@ -7,102 +7,166 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_uora.adapters import OWNER, facts, named_adapters, projections_of
+from lightning_uora.adapters import (
+    OWNER,
+    AdaptedModule,
+    Attachment,
+    Projections,
+    adopt,
+    facts,
+    named_buffers,
+    named_modules,
+    named_parameters,
+    trained_names,
+    trained_parameters,
+)
 from lightning_uora.config import require_choice
 from lightning_uora.distributed import first_rank, reshard_
 from lightning_uora.reinit import rebuild_around
-from lightning_uora.storage.fingerprints import fingerprint, near
+from lightning_uora.storage.fingerprints import fingerprint, near, sample
 from lightning_uora.storage.manifest import VERSION
 
 __all__ = ["Mismatch", "adapter_state", "check_base", "check_keys", "check_names", "describe", "restore"]
-__all__ += ["take_projections"]
+__all__ += ["few", "frozen_parameters", "require_modules", "take_projections"]
 
 Mismatch = Literal["error", "warn"]
 
 
-def describe(model: nn.Module, base: bool = True) -> dict[str, Any]:
-    """The manifest of an adapted model: plain data that JSON can hold. If sharded, every rank must ask."""
-    reshard_(model)
-    owner = projections_of(model)
+def describe(one: Attachment, base: bool = True) -> dict[str, Any]:
+    """The manifest of an adapted model: plain data that JSON can hold. If sharded, every rank must ask.
+
+    Raises:
+        ValueError: An adapted module is no longer in the model, or lies outside of the part that was given.
+    """
+    reshard_(one.root)
+    adopt(one.root)
+    owner, layers = one.owner, dict(sorted(one.layers, key=lambda layer: layer[1].layer_index))
+    _require_whole(one, layers)
     config = dataclasses.asdict(owner.config)
     return {
         "version": VERSION,
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-        "adapted": [name for name, _ in named_adapters(model)],
-        "layers": {name: facts(module) for name, module in named_adapters(model)},
-        "trained": [
-            n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(("uora_d", "uora_b"))
-        ],
+        "adapted": list(layers),
+        "layers": {name: facts(module) for name, module in layers.items()},
+        "trained": list(trained_names(one.root)),
         "record": [dict(entry) for entry in owner.record],
         "calibrated": owner.calibrated,
         "projections": {name: fingerprint(buffer) for name, buffer in owner.named_buffers()},
-        "base": _base_prints(model) if base else {},
+        "base": _base_prints(one) if base else {},
     }
 
 
-def _base_prints(model: nn.Module) -> dict[str, list[Any]]:
+def _require_whole(one: Attachment, layers: Mapping[str, AdaptedModule]) -> None:
+    here = {module.layer_index for module in layers.values()}
+    gone = [name for index, name in enumerate(one.owner.adapted) if index not in here]
+    if gone and one.key is not None:
+        raise ValueError(
+            f"adapted modules are no longer in the model: {few(gone)}. They were replaced after attach_uora "
+            "(resized?), and what they learned is not here."
+        )
+    inside = {id(p) for p in one.root.parameters()}
+    outside = [
+        f"{type(m).__name__}.{leaf}" for m, leaf in one.owner.trained if m._parameters.get(leaf) is not None
+    ]
+    outside = outside if not one.owner.trained_ids() - {id(None)} <= inside and one.key is None else []
+    if gone or outside:
+        raise ValueError(
+            f"this part does not hold all that was trained: {few(gone or outside)} lie(s) outside; give the "
+            "model that was given to attach_uora, or a part that holds everything."
+        )
+
+
+def _base_prints(one: Attachment) -> dict[str, list[Any]]:
     """Fingerprints of the frozen parameters, taken again only where a parameter has changed."""
-    known, prints = projections_of(model).base_prints, {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            continue
+    known, prints = one.owner.base_prints, {}
+    for name, p in frozen_parameters(one.root).items():
         if isinstance(p, DTensor):  # nothing is remembered: all ranks must ask for the same shards
             prints[name] = [*fingerprint(p), str(p.dtype)]
         else:
-            key = (p.data_ptr(), p._version, p.dtype)
+            key = (p.data_ptr(), p._version, p.dtype, sample(p))
             if name not in known or known[name][0] != key:
                 known[name] = (key, [*fingerprint(p), str(p.dtype)])
             prints[name] = known[name][1]
     return prints
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def frozen_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """The base: what does not train, by plain name."""
+    trained = set(trained_parameters(root))
+    return {name: p for name, p in named_parameters(root).items() if name not in trained}
+
+
+def adapter_state(one: Attachment) -> dict[str, Tensor]:
     """What an adapter is besides its manifest: trained parameters, and the buffers of the base."""
-    own = tuple(name for name, module in model.named_modules() if module is projections_of(model))
-    persistent = set(model.state_dict(keep_vars=True))
-    buffers = {n: b for n, b in model.named_buffers() if n in persistent and not n.startswith(f"{own[0]}.")}
-    return {n: p for n, p in model.named_parameters() if p.requires_grad} | buffers
+    vectors = {f"{n}.{v}".lstrip("."): getattr(m, v) for n, m in one.layers for v in ("uora_d", "uora_b")}
+    own = {id(b) for m in one.root.modules() if isinstance(m, Projections) for b in m.buffers()}
+    buffers = {n: b for n, b in named_buffers(one.root).items() if id(b) not in own}
+    return vectors | trained_names(one.root) | buffers
 
 
 def restore(
-    model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], base_mismatch: Mismatch = "error"
+    one: Attachment,
+    manifest: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base_mismatch: Mismatch = "error",
+    aside: Collection[str] = (),
 ) -> None:
     """Load an adapter into a model adapted with its configuration. After an error nothing has changed.
+
+    Args:
+        one: The adapted model.
+        manifest: Of the adapter.
+        tensors: Likewise.
+        base_mismatch: What another base is.
+        aside: Tensors of a head that stay where they are, in the file and in the model.
 
     Raises:
         ValueError: Other modules, keys, shapes, another base, or projections that are not those of the run.
     """
-    check_names(model, manifest)
-    state = adapter_state(model)
+    check_names(one, manifest)
+    heads = {name.rpartition(".")[0] for name in aside} - {""}
+    left = {n for n in adapter_state(one) if n in aside or n.rpartition(".")[0] in heads}
+    state = {name: t for name, t in adapter_state(one).items() if name not in left}
     projections = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
-    values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.")}
+    values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.") and k not in aside}
     check_keys(state, values)
-    check_base(model, manifest["base"], base_mismatch)
-    take_projections(model, manifest, projections)
+    check_base(one, manifest["base"], base_mismatch)
+    take_projections(one, manifest, projections)
     with torch.no_grad():
         for name, value in values.items():
             state[name].copy_(value)
 
 
-def check_names(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Raise ``ValueError`` unless the manifest is of a model with the same adapted and trained names."""
-    names = [name for name, _ in named_adapters(model)]
-    if names != list(manifest["adapted"]):
+def require_modules(root: nn.Module, names: list[str]) -> None:
+    """Raise ``ValueError`` unless ``root`` has all modules that an adapter is for."""
+    modules = named_modules(root)
+    lacking = [name for name in names if name not in modules]
+    if lacking:
         raise ValueError(
-            f"another architecture: the adapter is for {_few(manifest['adapted'])}, this model's are "
-            f"{_few(names)}."
+            f"another architecture: the adapter is for {few(names)}; there is no {few(lacking)}."
         )
 
 
-def take_projections(model: nn.Module, manifest: dict[str, Any], projections: dict[str, Tensor]) -> None:
+def check_names(one: Attachment, manifest: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless the manifest is of a model with the same adapted names."""
+    names = [name for name, _ in sorted(one.layers, key=lambda layer: layer[1].layer_index)]
+    if names != list(manifest["adapted"]):
+        raise ValueError(
+            f"another architecture: the adapter is for {few(manifest['adapted'])}, this model's are "
+            f"{few(names)}."
+        )
+
+
+def take_projections(one: Attachment, manifest: dict[str, Any], projections: dict[str, Tensor]) -> None:
     """A and B as given, the rest from the record; checked against the manifest, put back after an error."""
-    owner = projections_of(model)
+    owner = one.owner
     before, record = {name: b.clone() for name, b in owner.named_buffers()}, owner.record
     calibrated = owner.calibrated
     try:
@@ -112,7 +176,7 @@ def take_projections(model: nn.Module, manifest: dict[str, Any], projections: di
             owner.set(projections)
         else:
             owner.require_known(projections)
-            rebuild_around(model, projections)
+            rebuild_around(one, projections)
         _check_projections(dict(owner.named_buffers()), manifest["projections"])
     except BaseException:
         owner.record, owner.calibrated = record, calibrated
@@ -125,7 +189,7 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     missing, unexpected = [k for k in state if k not in values], [k for k in values if k not in state]
     if missing or unexpected:
         parts = [
-            f"{what} {_few(keys)}"
+            f"{what} {few(keys)}"
             for what, keys in (("lacks", missing), ("has unexpected", unexpected))
             if keys
         ]
@@ -140,16 +204,16 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             )
 
 
-def check_base(model: nn.Module, expected: dict[str, list[Any]], mismatch: Mismatch) -> None:
+def check_base(one: Attachment, expected: dict[str, list[Any]], mismatch: Mismatch) -> None:
     """Raise ``ValueError``, or warn, unless the frozen parameters are those of the fingerprints."""
     require_choice("base_mismatch", mismatch, ("error", "warn"))
-    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    parameters = frozen_parameters(one.root)
     wrong = [name for name in expected if name not in parameters]
     wrong += [
         name for name, p in parameters.items() if name in expected and not _same_base(p, expected[name])
     ]
     if wrong:
-        message = f"the adapter was trained on another base: {_few(wrong)} differ(s)."
+        message = f"the adapter was trained on another base: {few(wrong)} differ(s)."
         if mismatch == "error":
             raise ValueError(f"{message} Load that base, or pass base_mismatch='warn'.")
         if first_rank():
@@ -166,12 +230,13 @@ def _check_projections(buffers: dict[str, Tensor], expected: dict[str, list[floa
     wrong = [n for n in expected if n not in buffers or not near(fingerprint(buffers[n]), expected[n], 1e-2)]
     if wrong or set(buffers) - set(expected):
         raise ValueError(
-            f"the projections {_few(wrong or sorted(set(buffers) - set(expected)))} are not those of the "
+            f"the projections {few(wrong or sorted(set(buffers) - set(expected)))} are not those of the "
             "run; the record is damaged, or this platform draws otherwise (then save with "
             "projections='full')."
         )
 
 
-def _few(names: Any) -> str:
+def few(names: Any) -> str:
+    """The first of some names, for an error."""
     shown = ", ".join(map(repr, list(names)[:3]))
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "nothing"

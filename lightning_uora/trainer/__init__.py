@@ -2,21 +2,28 @@
 
 from lightning_uora.trainer.attachment import (
     attach_in_time,
+    attachments_of,
     forget_configure_model,
     require_adapted,
 )
 from lightning_uora.trainer.calibrating import calibrate_if_needed
-from lightning_uora.trainer.companions import check_companions, check_pruning
+from lightning_uora.trainer.companions import check_companions, check_pruning, others_of_its_kind
+from lightning_uora.trainer.guarding import Guard
 from lightning_uora.trainer.loggers import log_counts, log_figures, log_progress, print_table
 from lightning_uora.trainer.rates import keep_rates, saved_groups, set_vector_rates
 from lightning_uora.trainer.refreshing import Refreshing
-from lightning_uora.trainer.resuming import put_gradients, waiting_gradients
-from lightning_uora.trainer.warnings import warn_at_the_end, warn_at_the_start, warn_without_gradient
+from lightning_uora.trainer.resuming import WaitingGradients
+from lightning_uora.trainer.steps import callbacks_of
+from lightning_uora.trainer.warnings import warn_at_the_end, warn_at_the_start
 
 __all__ = [
+    "Guard",
     "Refreshing",
+    "WaitingGradients",
     "attach_in_time",
+    "attachments_of",
     "calibrate_if_needed",
+    "callbacks_of",
     "check_companions",
     "check_pruning",
     "forget_configure_model",
@@ -24,13 +31,11 @@ __all__ = [
     "log_counts",
     "log_figures",
     "log_progress",
+    "others_of_its_kind",
     "print_table",
-    "put_gradients",
     "require_adapted",
     "saved_groups",
     "set_vector_rates",
-    "waiting_gradients",
     "warn_at_the_end",
     "warn_at_the_start",
-    "warn_without_gradient",
 ]

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_uora.adapters import (
+    Attachment,
     Projections,
-    attach_uora,
-    find_root,
+    attach_beside,
+    attachments,
     is_adapted,
     named_adapters,
-    projections_of,
 )
 from lightning_uora.config import UORAConfig, differences
 from lightning_uora.storage import CheckpointHooks
 
 __all__ = [
     "attach_in_time",
+    "attachments_of",
     "built_later",
     "forget_configure_model",
     "is_calibrated",
     "require_adapted",
 ]
 
-Told = Callable[[LightningModule, Projections], None]
+Told = Callable[[LightningModule, list[Projections]], None]
+NAME = "UORACallback"
+"""What the callback's state was called in checkpoints while there could be one of its kind."""
 
 
 # Note [Models built late]
@@ -44,38 +49,70 @@ def built_later(pl_module: LightningModule) -> bool:
     return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
 
 
-def attach_in_time(
-    pl_module: LightningModule, config: UORAConfig, checkpoint: Literal["full", "adapter"], told: Told
-) -> None:
+def attach_in_time(pl_module: LightningModule, own: Any, others: Sequence[Any], told: Told) -> None:
     """Attach now, or when the model is built; see Note [Models built late].
 
     Args:
-        pl_module: The LightningModule. If it has adapters it keeps them.
-        config: What to adapt and how.
-        checkpoint: What its checkpoints hold.
-        told: Called with the module and the owner of A and B when it is done.
+        pl_module: The LightningModule. If it has adapters of this configuration it keeps them.
+        own: The callback: its ``config`` and ``checkpoint``.
+        others: Other callbacks of its kind, which adapt other modules of the same LightningModule.
+        told: Called with the module and the owners of A and B when it is done.
 
     Raises:
         ValueError: It has adapters of another configuration, or as ``attach_uora``.
     """
-    attach = partial(_attach, config=config, checkpoint=checkpoint, told=told)
+    attach = partial(_attach, own=own, others=others, told=told)
     if built_later(pl_module) and not is_adapted(pl_module):
         _run_after_configure_model(pl_module, attach)
     else:
         attach(pl_module)
 
 
-def _attach(
-    pl_module: LightningModule, *, config: UORAConfig, checkpoint: Literal["full", "adapter"], told: Told
-) -> None:
-    if is_adapted(pl_module):
-        _check_same_config(pl_module, config)
-    else:
-        attach_uora(pl_module, config)
-    owner = projections_of(find_root(pl_module)[1])
-    _keep_from_travelling(pl_module, owner)
-    CheckpointHooks(pl_module, checkpoint).install()
-    told(pl_module, owner)
+def _attach(pl_module: LightningModule, *, own: Any, others: Sequence[Any], told: Told) -> None:
+    if not attachments_of(pl_module, own.config):
+        theirs = [other.config for other in others]
+        for one in attachments(pl_module):
+            if one.owner.config not in theirs:
+                different = differences(one.owner.config, "in the module", own.config, "in the callback")
+                raise ValueError(f"the module has adapters of another configuration: {different}.")
+        attach_beside(pl_module, own.config)
+    mine = [one.owner for one in attachments_of(pl_module, own.config)]
+    for owner in mine:
+        _keep_from_travelling(pl_module, owner)
+    CheckpointHooks(pl_module, own.checkpoint, look=look_at_checkpoint).install()
+    told(pl_module, mine)
+
+
+def attachments_of(pl_module: LightningModule, config: UORAConfig) -> list[Attachment]:
+    """The adapted models in the module that have this configuration."""
+    return [one for one in attachments(pl_module) if one.owner.config == config]
+
+
+def look_at_checkpoint(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Before anything of a checkpoint is loaded into an adapted module.
+
+    Raises:
+        MisconfigurationException: A fit would go on from a run that had no adapters.
+    """
+    trainer: Any = pl_module._trainer
+    callbacks = getattr(trainer, "callbacks", ())
+    keys = [one.state_key for one in callbacks if one.state_key.startswith(f"{NAME}{{")]
+    saved = checkpoint.get("callbacks") or {}
+    if len(keys) == 1 and NAME in saved:  # from before callbacks of this kind could be several
+        saved[keys[0]] = saved.pop(NAME)
+    if "uora" in checkpoint or any("uora_" in key for key in checkpoint.get("state_dict", ())):
+        return
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING and checkpoint.get("optimizer_states"):
+        raise MisconfigurationException(
+            "The checkpoint is of a run without UORA adapters, and its optimizer knows other parameters. To "
+            f"start from its weights: module = {type(pl_module).__name__}.load_from_checkpoint(...), then fit "
+            "without ckpt_path."
+        )
+    if any(bool(m.uora_b.any()) for _, m in named_adapters(pl_module)):
+        rank_zero_warn(
+            "The checkpoint holds no UORA adapters, and the module's are trained: it keeps them, on the "
+            "checkpoint's weights. For the checkpoint alone use a new module."
+        )
 
 
 def _run_after_configure_model(pl_module: LightningModule, attach: Callable[[LightningModule], None]) -> None:
@@ -102,19 +139,11 @@ def require_adapted(pl_module: LightningModule) -> None:
         )
 
 
-def _check_same_config(pl_module: LightningModule, config: UORAConfig) -> None:
-    found = projections_of(find_root(pl_module)[1]).config
-    different = differences(found, "in the module", config, "in the callback")
-    if different:
-        raise ValueError(f"the module has adapters of another configuration: {different}.")
-
-
 def _keep_from_travelling(pl_module: LightningModule, owner: Projections) -> None:
     """DistributedDataParallel sends every buffer at each forward; every rank drew A and B by itself."""
     ignored = set(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()))
     (prefix,) = (name for name, module in pl_module.named_modules() if module is owner)
-    layers = len(list(named_adapters(pl_module)))
-    names = owner.names_ever(layers if owner.config.share == "layer" else 0)
+    names = owner.names_ever(len(owner.adapted) if owner.config.share == "layer" else 0)
     ignored.update(f"{prefix}.{name}" for name in names)
     pl_module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 

@@ -17,7 +17,7 @@ from lightning_uora.adapters import AdaptedModule, is_adapted
 from lightning_uora.trainer.attachment import built_later, is_calibrated
 from lightning_uora.trainer.steps import callbacks_of
 
-__all__ = ["check_companions", "check_pruning"]
+__all__ = ["check_companions", "check_pruning", "others_of_its_kind"]
 
 AVERAGING: tuple[type[Callback], ...] = tuple(
     getattr(lightning.pytorch.callbacks, name)
@@ -39,11 +39,25 @@ def check_companions(trainer: Trainer, pl_module: LightningModule, own: Any, sta
     _refuse_flattening_strategy(trainer)
     if isinstance(trainer.strategy, ModelParallelStrategy) and own.checkpoint == "adapter":
         _accept_part_of_the_weights(trainer.strategy, pl_module)
+    _refuse_two_kinds(trainer, own)
     if stage == "fit":
         _refuse_finetuning(trainer)
         calibrates = own.config.init == "inputs" and not is_calibrated(pl_module)
         _refuse_averaging(trainer, pl_module, own, own.reinit is not None, calibrates)
         _warn_of_spawned_copies(trainer, pl_module)
+
+
+def others_of_its_kind(trainer: Trainer, own: Callback) -> list[Any]:
+    """Other callbacks that adapt other modules of the same LightningModule."""
+    return [one for one in callbacks_of(trainer) if isinstance(one, type(own)) and one is not own]
+
+
+def _refuse_two_kinds(trainer: Trainer, own: Any) -> None:
+    kinds = {own.checkpoint, *(other.checkpoint for other in others_of_its_kind(trainer, own))}
+    if len(kinds) > 1:
+        raise MisconfigurationException(
+            "Several UORACallbacks write one checkpoint: give all of them the same checkpoint='full' or 'adapter'."
+        )
 
 
 def _refuse_replacing_precision(trainer: Trainer) -> None:

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
 
-from lightning_uora.adapters import find_root, projections_of
+from lightning_uora.adapters import attachments, vectors_in
 from lightning_uora.distributed import is_sharded
 from lightning_uora.reports import Summary, plot_refreshes, plot_vectors, progress, trained_parts
-from lightning_uora.trainer.rates import current_rate, rates_by_parameter, vectors_of
+from lightning_uora.trainer.rates import current_rate, rates_by_parameter
 from lightning_uora.trainer.steps import accumulating, callbacks_of
 
 __all__ = ["log_counts", "log_figures", "log_progress", "print_table"]
@@ -32,7 +32,7 @@ def print_table(trainer: Trainer, pl_module: LightningModule, summary: Summary) 
     """The table with rates, once, where the Trainer prints a model summary as well."""
     if not (trainer.is_global_zero and any(isinstance(one, ModelSummary) for one in callbacks_of(trainer))):
         return
-    parts = {"vectors": vectors_of(pl_module), **trained_parts(pl_module)}
+    parts = {"vectors": vectors_in(pl_module), **trained_parts(pl_module)}
     found = rates_by_parameter(trainer)
     rates = {
         name: ", ".join(dict.fromkeys(f"{found[p]:g}" for p in parameters if p in found)) or "none"
@@ -49,7 +49,7 @@ def log_progress(trainer: Trainer, pl_module: LightningModule) -> None:
     if is_sharded(pl_module) or not trainer.is_global_zero:
         return
     metrics = {f"uora/{name}": value for name, value in progress(pl_module).items()}
-    rate = current_rate(trainer.optimizers, vectors_of(pl_module))
+    rate = current_rate(trainer.optimizers, vectors_in(pl_module))
     if rate is not None:
         metrics["uora/vector_lr"] = rate
     for logger in trainer.loggers:
@@ -58,15 +58,18 @@ def log_progress(trainer: Trainer, pl_module: LightningModule) -> None:
 
 def log_figures(trainer: Trainer, pl_module: LightningModule) -> None:
     """Vectors and refreshes as images, to the loggers that take images, where matplotlib is installed."""
-    root = find_root(pl_module)[1]
     takers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
-    if not projections_of(root).record or not takers or importlib.util.find_spec("matplotlib") is None:
+    refreshed = [one for one in attachments(pl_module) if one.owner.record]
+    if not refreshed or not takers or importlib.util.find_spec("matplotlib") is None:
         return
     if not (trainer.is_global_zero or is_sharded(pl_module)):
         return
-    for name, figure in (("uora/vectors", plot_vectors(root)), ("uora/refreshes", plot_refreshes(root))):
-        for logger in takers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(name, figure, trainer.global_step)
-            else:
-                logger.experiment.log({name: figure})
+    for one in refreshed:
+        where = f"/{one.path}" if len(refreshed) > 1 else ""
+        figures = {"uora/vectors": plot_vectors(one.root), "uora/refreshes": plot_refreshes(one.root)}
+        for name, figure in figures.items():
+            for logger in takers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(f"{name}{where}", figure, trainer.global_step)
+                else:
+                    logger.experiment.log({f"{name}{where}": figure})

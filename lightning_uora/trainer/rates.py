@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_uora.adapters import named_adapters
+from lightning_uora.adapters import Attachment, vectors_in
 from lightning_uora.trainer.schedules import peak_rate
 from lightning_uora.trainer.steps import callbacks_of, total_steps
 from lightning_uora.trainer.vector_groups import Move, moves, obstacle, split, take_in
@@ -28,7 +28,6 @@ __all__ = [
     "rates_by_parameter",
     "saved_groups",
     "set_vector_rates",
-    "vectors_of",
 ]
 
 VectorRate = float | Literal["auto"] | None
@@ -65,15 +64,22 @@ def _automatic(trainer: Trainer) -> float:
 
 
 def set_vector_rates(
-    trainer: Trainer, pl_module: LightningModule, vector_lr: VectorRate, saved: list[list[int]] | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    mine: Sequence[Attachment],
+    vector_lr: VectorRate,
+    saved: list[list[int]] | None,
+    last: bool = True,
 ) -> list[dict[str, Any]]:
     """Give the vectors their own optimizer group, or say why not; before optimizer states are restored.
 
     Args:
         trainer: Its optimizers and schedulers are made.
         pl_module: The adapted module.
+        mine: The adapted models whose vectors are meant.
         vector_lr: As given to the callback.
         saved: How many parameters each optimizer group has in the checkpoint that the run goes on from.
+        last: No other callback will make groups after this.
 
     Returns:
         The groups that were made.
@@ -86,18 +92,14 @@ def set_vector_rates(
     schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
     rate = _automatic(trainer) if vector_lr == "auto" else vector_lr
     known = {id(group) for one in optimizers for group in one.param_groups}
-    for move in moves(optimizers, schedulers, vectors_of(pl_module)):
+    vectors = dict.fromkeys(v for one in mine for _, m in one.layers for v in (m.uora_d, m.uora_b))
+    for move in moves(optimizers, schedulers, list(vectors), vectors_in(pl_module)):
         place = optimizers.index(move.optimizer)
         before = saved[place] if saved and place < len(saved) else None
         _carry_out(move, rate, vector_lr == "auto", before)
-    if saved is not None:
+    if saved is not None and last:
         _check_saved(optimizers, saved, vector_lr)
     return [group for one in optimizers for group in one.param_groups if id(group) not in known]
-
-
-def vectors_of(pl_module: LightningModule) -> list[nn.Parameter]:
-    """D and b of all adapted modules, in model order, each once."""
-    return list(dict.fromkeys(v for _, m in named_adapters(pl_module) for v in (m.uora_d, m.uora_b)))
 
 
 def _carry_out(move: Move, rate: float | None, auto: bool, saved: list[int] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -33,11 +34,17 @@ def _accumulation(trainer: Trainer, epoch: int) -> int:
 
 
 def accumulating(trainer: Trainer) -> bool:
-    """Whether gradients wait for their optimizer step; Lightning's checkpoints leave them out."""
+    """Whether gradients wait for their optimizer step; Lightning's checkpoints leave them out.
+
+    Counted by the batches that were processed: where an error ends a run, the one that was being processed is
+    made again by a resume.
+    """
     if not trainer.training or not trainer.lightning_module.automatic_optimization:
         return False
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return not progress.is_last_batch and progress.current.ready % trainer.accumulate_grad_batches != 0
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    processed, over = progress.current.processed, progress.is_last_batch
+    ended = over and processed == progress.current.ready
+    return not ended and processed % trainer.accumulate_grad_batches != 0
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -51,17 +51,21 @@ class Move:
 
 
 def moves(
-    optimizers: Iterable[Optimizer], schedulers: Sequence[Any], vectors: Iterable[nn.Parameter]
+    optimizers: Iterable[Optimizer],
+    schedulers: Sequence[Any],
+    vectors: Iterable[nn.Parameter],
+    every: Iterable[nn.Parameter],
 ) -> list[Move]:
     """For every optimizer with something to do, what it is.
 
     Args:
         optimizers: Those of the run.
         schedulers: Likewise; each has its ``optimizer``.
-        vectors: d and b of all adapted modules, in model order.
+        vectors: d and b of the adapted modules that are meant, in model order.
+        every: d and b of all adapted modules: a group of nothing else holds vectors alone.
     """
     place = {id(vector): number for number, vector in enumerate(vectors)}
-    wanted = dict(zip(place, vectors, strict=True))
+    wanted, known = dict(zip(place, vectors, strict=True)), {id(vector) for vector in every}
     result = []
     for optimizer in optimizers:
         move = Move(optimizer, [one for one in schedulers if one.optimizer is optimizer])
@@ -69,7 +73,7 @@ def moves(
             mine = [p for p in group["params"] if id(p) in place]
             for p in mine:
                 wanted.pop(id(p), None)
-            if mine and len(mine) < len(group["params"]):
+            if mine and not all(id(p) in known for p in group["params"]):
                 move.found[number] = mine
             elif mine:
                 move.alone.append(number)

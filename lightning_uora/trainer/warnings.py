@@ -1,4 +1,4 @@
-"""What would go wrong in silence, in a line each: before training, after the first backward, at its end."""
+"""What would go wrong in silence, in a line each: before training, at its end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_uora.adapters import find_owner, named_adapters
+from lightning_uora.adapters import attachments, named_adapters
 from lightning_uora.config import UORAConfig
 from lightning_uora.distributed import is_sharded
 from lightning_uora.reports import Summary, progress
 
-__all__ = ["warn_at_the_end", "warn_at_the_start", "warn_without_gradient"]
+__all__ = ["warn_at_the_end", "warn_at_the_start"]
 
 TINY = 0.01
 """Between norm(update) / norm(W) of digits runs that learned nothing, 0.0015, and of those that did, 2.0."""
@@ -31,8 +31,7 @@ def warn_at_the_start(pl_module: LightningModule, config: UORAConfig, summary: S
     _warn_of_evaluation_mode(pl_module, config)
     widest = max(max(layer.m, layer.n) for layer in summary.layers)
     if config.rank > USEFUL * widest:
-        _, owner = find_owner(pl_module)
-        taken = sum(b.nbytes for b in owner.buffers()) / 2**20 if owner is not None else 0.0
+        taken = sum(b.nbytes for one in attachments(pl_module) for b in one.owner.buffers()) / 2**20
         rank_zero_warn(
             f"rank={config.rank} is more than layers of at most {widest} features have a use for: A and B "
             f"take {taken:,.1f} MiB, and every step multiplies by them. Try {widest} or fewer."
@@ -54,14 +53,6 @@ def _warn_of_evaluation_mode(pl_module: LightningModule, config: UORAConfig) -> 
             f"The model's own dropout ({len(idle)} modules) does nothing: it is in evaluation mode, as "
             "from_pretrained leaves it; call train() on the model before fitting, or set its dropout to 0."
         )
-
-
-def warn_without_gradient(module: nn.Module) -> None:
-    """Warn of what should train and got no gradient."""
-    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    if names:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        rank_zero_warn(f"No gradient in the first backward for {shown}: these parameters do not train.")
 
 
 def warn_at_the_end(trainer: Trainer, pl_module: LightningModule) -> None:

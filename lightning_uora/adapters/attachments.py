@@ -1,0 +1,138 @@
+"""Where adapters are: every root that was attached to, whose layers are whose, and what trains there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
+from lightning_uora.adapters.names import named_modules, named_parameters
+from lightning_uora.adapters.projections import Projections
+
+__all__ = [
+    "Attachment",
+    "adopt",
+    "attachment_of",
+    "attachments",
+    "is_adapted",
+    "require_attachments",
+    "trained_names",
+    "trained_parameters",
+    "vectors_in",
+]
+
+# Note [What trains]
+# It is decided when adapters are attached and written down with the owner of A and B: modules and the names of
+# their parameters. It is not read back from requires_grad, which freeze(), GANs and callbacks move for a
+# while. What the user lets train besides, by hand, is added when training starts and when something is saved.
+# Parameters are matched by identity, so that a tied one counts under any of its names.
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What one call of ``attach_uora`` left behind, as it is seen from a module around it or inside it.
+
+    Attributes:
+        path: Plain name of ``root`` in the module that was looked at.
+        root: The module that was attached to; or a part inside of it, if that was looked at.
+        owner: Of A and B.
+        key: What the owner is registered as at the root; None for a part.
+    """
+
+    path: str
+    root: nn.Module
+    owner: Projections
+    key: str | None
+
+    @property
+    def prefix(self) -> str:
+        """Of names inside the root."""
+        return f"{self.path}." if self.path else ""
+
+    @property
+    def layers(self) -> list[tuple[str, AdaptedModule]]:
+        """(plain name within the root, module) of this owner's adapted modules, in model order."""
+        return [
+            (name, module)
+            for name, module in named_modules(self.root).items()
+            if isinstance(module, AdaptedModule) and module._uora.owner is self.owner
+        ]
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """Every adapted root in ``model``, in model order; of a part of one, that part."""
+    found = [
+        Attachment(path, module, child, key)
+        for path, module in named_modules(model).items()
+        for key, child in module._modules.items()
+        if isinstance(child, Projections)
+    ]
+    if found:
+        return found
+    owners = {id(module._uora.owner): module._uora.owner for _, module in adapted_modules(model)}
+    return [Attachment("", model, owner, None) for owner in owners.values()]
+
+
+def require_attachments(model: nn.Module, action: str) -> list[Attachment]:
+    """As :func:`attachments`; raises ``ValueError`` where there is none."""
+    found = attachments(model)
+    if not found:
+        raise ValueError(f"{action}: {type(model).__name__} holds no adapted model; call attach_uora first.")
+    return found
+
+
+def attachment_of(model: nn.Module, action: str) -> Attachment:
+    """The only one in ``model``.
+
+    Raises:
+        ValueError: There is none, or there are several.
+    """
+    found = require_attachments(model, action)
+    if len(found) > 1:
+        where = ", ".join(repr(one.path) for one in found)
+        raise ValueError(f"{action} takes one adapted model at a time, and here are several: {where}.")
+    return found[0]
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether ``model`` or anything in it has adapters."""
+    return any(True for _ in adapted_modules(model))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All that trains in ``model`` by plain name, d and b among it; see Note [What trains]."""
+    trained = _trained_ids(model)
+    return {name: p for name, p in named_parameters(model).items() if id(p) in trained}
+
+
+def trained_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains besides d and b, by plain name."""
+    vectors = {id(v) for v in vectors_in(model)}
+    return {name: p for name, p in trained_parameters(model).items() if id(p) not in vectors}
+
+
+def vectors_in(model: nn.Module) -> list[nn.Parameter]:
+    """D and b of every adapted module whose A and B are in ``model``, in model order, each once."""
+    layers = [layer for one in attachments(model) for _, layer in one.layers]
+    return list(dict.fromkeys(v for layer in layers for v in (layer.uora_d, layer.uora_b)))
+
+
+def _trained_ids(model: nn.Module) -> set[int]:
+    found = {id(v) for v in vectors_in(model)}
+    found |= {id(p) for p in model.parameters() if p.requires_grad}
+    return found.union(*(one.owner.trained_ids() for one in attachments(model)))
+
+
+def adopt(model: nn.Module) -> list[str]:
+    """Write down what trains besides by the user's hand; its names, plain, within ``model``."""
+    new = list[str]()
+    for one in attachments(model):
+        known = one.owner.trained_ids() | {id(v) for v in vectors_in(model)}
+        for module_name, module in named_modules(one.root).items():
+            for leaf, p in module._parameters.items():
+                if p is not None and p.requires_grad and id(p) not in known:
+                    known.add(id(p))
+                    one.owner.trained.append((module, leaf))
+                    new.append(".".join(part for part in (one.path, module_name, leaf) if part))
+    return new

@@ -1,0 +1,83 @@
+"""The effective weight as a tensor: what is written to it in place reaches the base, so that it reads back.
+
+An ordinary tensor made for one read would swallow ``layer.weight.copy_(...)`` and ``nn.init`` without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["EffectiveWeight", "effective"]
+
+# Note [Writing to an effective weight]
+# What is read is W + ΔW. Whoever writes X there means the layer to compute with X, so the base becomes X - ΔW
+# and X reads back. torch's functions see a plain tensor (as of nn.Parameter, their override is switched off);
+# only the methods that write are replaced, and `.data` and `.detach()`, which hand out the same memory. While
+# torch compiles, traces or transforms, reads are plain tensors.
+
+
+class EffectiveWeight(Tensor):
+    """W + ΔW of a module's parameter. See Note [Writing to an effective weight]."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    uora_sink: Callable[[Tensor], None]
+
+    def _again(self, alias: Tensor) -> EffectiveWeight:
+        return effective(alias, self.uora_sink)
+
+    @property
+    def data(self) -> Tensor:
+        """The same memory without a graph; writes to it reach the base."""
+        return self._again(Tensor.data.__get__(self))  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.uora_sink(value)
+
+    def detach(self) -> Tensor:
+        """The same memory without a graph; writes to it reach the base."""
+        return self._again(super().detach())
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """A plain tensor with memory of its own."""
+        return super().detach().as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as a plain tensor."""
+        return super().detach().as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def effective(weight: Tensor, sink: Callable[[Tensor], None]) -> EffectiveWeight:
+    """``weight`` as one that hands what is written to it to ``sink``."""
+    result = weight.as_subclass(EffectiveWeight)
+    result.uora_sink = sink
+    return result
+
+
+def _writing(name: str) -> Callable[..., Any]:
+    write = getattr(Tensor, name)
+
+    def method(self: EffectiveWeight, *args: Any, **kwargs: Any) -> Any:
+        result = write(self, *args, **kwargs)
+        self.uora_sink(self)
+        return self if isinstance(result, Tensor) else result
+
+    method.__name__ = name
+    return method
+
+
+NO_WRITES = frozenset(
+    ["requires_grad_", "detach_", "share_memory_", "rename_", "resize_", "resize_as_", "set_", "t_"]
+    + ["transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "sparse_resize_"]
+    + ["sparse_resize_and_clear_", "resize_as_sparse_"]
+)
+"""Methods with a trailing underscore that change no number."""
+_IN_PLACE = [name for name in dir(Tensor) if name[-1] == "_" and name[0] != "_" and name not in NO_WRITES]
+_OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]
+for _name in [*_IN_PLACE, "__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)]:
+    if hasattr(Tensor, _name):
+        setattr(EffectiveWeight, _name, _writing(_name))

@@ -1,0 +1,88 @@
+"""Whether a kept effective weight is still right: proof that nothing it was made from has changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Kept", "keepable"]
+
+SAMPLE = 256
+WHOLE = 2_048
+
+# Note [When the effective weight is kept]
+# With gradients it is built for each read: its graph belongs to one backward. In training without gradients
+# (reentrant checkpointing) it is built too: keeping it would hold a second copy of every adapted weight. Of
+# sharded weights nothing is kept: FSDP2 gathers them into the same memory without moving a version. Else it is
+# kept until something it was made from has changed: another object, data pointer or version; and because
+# fused optimizers, `.data` and other views write without moving a version, the numbers are compared as well.
+# d and b are compared whole. A, B and W up to WHOLE numbers too, larger ones by SAMPLE numbers spread over
+# them: bulk writes (loading, averaging, scaling) show there. train(), eval() and casts drop what was kept. On
+# an accelerator a comparison would wait for the device at every layer, so nothing is kept there. The weight
+# is built outside inference mode: a tensor made inside could not be used by autograd later.
+
+
+def keepable(t: Tensor) -> bool:
+    """Whether what is made from ``t`` can be proved fresh later, see Note [When the effective weight is kept].
+
+    Not where a compiler, a tracer or a transform of torch.func looks on.
+    """
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    transforms: bool = torch._C._are_functorch_transforms_active()
+    return not transforms
+
+
+def _probe(t: Tensor, whole: bool) -> Tensor:
+    """Numbers by which a change of ``t`` shows; a view where that is all of them."""
+    t, count = t.detach(), t.numel()
+    if whole or count <= WHOLE:
+        return t
+    if not (t.is_contiguous() or t.t().is_contiguous() if t.dim() == 2 else t.is_contiguous()):
+        return t.reshape(-1)[:: count // SAMPLE]
+    return t.as_strided((SAMPLE,), ((count - 1) // (SAMPLE - 1),), t.storage_offset())
+
+
+def _key(sources: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tuple((t.data_ptr(), t._version) for t in sources)
+
+
+@dataclass
+class Kept:
+    """An effective weight with what it was made from: W, A, B, d and b, in this order, at a dtype."""
+
+    dtype: torch.dtype
+    sources: tuple[Tensor, ...]
+    key: tuple[Any, ...]
+    probes: list[Tensor]
+    weight: Tensor | None = None
+    version: int = 0
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> Kept | None:
+        """Taken before the weight is built; None where a change could not be seen."""
+        try:
+            key = _key(sources)
+        except RuntimeError:  # inference tensors have no version, functorch's and fake ones no pointer
+            return None
+        return cls(dtype, sources, key, [_probe(t, i > 2).clone() for i, t in enumerate(sources)])
+
+    def hold(self, weight: Tensor) -> None:
+        """Keep the weight that was built."""
+        self.weight, self.version = weight, weight._version
+
+    def fresh(self, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> Tensor | None:
+        """The weight where nothing has changed, else None."""
+        same = self.dtype == dtype and all(a is b for a, b in zip(self.sources, sources, strict=True))
+        if not same or self.weight is None or self.weight._version != self.version:
+            return None
+        try:
+            same = self.key == _key(sources)
+        except RuntimeError:
+            return None
+        probes = zip(self.probes, sources, strict=True)
+        same = same and all(torch.equal(p, _probe(t, i > 2)) for i, (p, t) in enumerate(probes))
+        return self.weight if same else None

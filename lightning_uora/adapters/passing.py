@@ -1,0 +1,90 @@
+"""What a choice of targets leaves out or takes in beside its letter: frozen parts, experts, tied weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_uora.adapters.kinds import is_supported
+from lightning_uora.adapters.names import named_parameters
+
+__all__ = ["frozen_parts", "passed_by", "tied_beyond"]
+
+# Note [Frozen by the user]
+# A loss network or a teacher is frozen as a whole beside parts that train. Patterns and presets match its
+# layers too, and adapters there would train it. So where some of the layers that were found are frozen and
+# others are not, the frozen ones stay as they are, unless they are named in full. Where all are frozen, it is
+# the backbone that its user froze before a fit, and adapters are what it is waiting for.
+
+SMALL = re.compile(r"bias|table|embed|pos|token|scale|norm", re.IGNORECASE)
+"""Parameters of two axes and more that are no weights of a layer."""
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def frozen_parts(
+    modules: dict[str, nn.Module], chosen: set[str], targets: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The largest parts that the user froze and ``chosen`` reaches into; see Note [Frozen by the user]."""
+    asked = {name for name in chosen if name not in targets}
+    frozen = {name for name in asked if _is_frozen(modules[name])}
+    if not frozen or len(frozen) == len(chosen):
+        return ()
+    parts: dict[str, None] = {}
+    for name in modules:
+        if name in frozen:
+            path = name.split(".")
+            ends = (".".join(path[:end]) for end in range(1, len(path) + 1))
+            parts[next(end for end in ends if _is_frozen(modules[end]))] = None
+    return tuple(parts)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def tied_beyond(model: nn.Module, trained: tuple[str, ...]) -> Iterator[str]:
+    """Sentences on what trains because it is one weight with something that is named to train."""
+    within = tuple(f"{name}." for name in trained)
+    every = named_parameters(model, every=True)
+    named = {id(p): name for name, p in every.items() if name.startswith(within) or name in trained}
+    for name, p in every.items():
+        mine = named.get(id(p))
+        if mine is not None and mine != name and not (name.startswith(within) or name in trained):
+            yield f"{mine} is one weight with {name}: training one trains both."
+
+
+def passed_by(
+    modules: dict[str, nn.Module],
+    adapted: tuple[str, ...],
+    others: tuple[str, ...],
+    targets: tuple[str, ...],
+) -> Iterator[str]:
+    """A sentence on the weights in the adapted blocks that a preset for all layers cannot adapt."""
+    presets = [target for target in targets if target in ("all-linear", "all")]
+    blocks = {match.group() for name in adapted if (match := re.match(r".*\.\d+\.", f"{name}."))}
+    elsewhere = tuple(f"{name}." for name in others)
+    if not presets or not blocks:
+        return
+    sizes = [
+        sum(p.numel() for p in modules[name].parameters(recurse=False) if p.dim() > 1) for name in adapted
+    ]
+    found: dict[str, int] = {}
+    for name, module in modules.items():
+        path = f"{name}."
+        if is_supported(module) or isinstance(module, EMBEDDINGS) or path.startswith(elsewhere):
+            continue
+        for leaf, p in module.named_parameters(recurse=False):
+            weight = sum(size > 1 for size in p.shape) > 1 and 2 * p.numel() >= min(sizes)
+            if weight and not SMALL.search(leaf) and any(path.startswith(block) for block in blocks):
+                place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{path}{leaf}")[1:]
+                found[place] = found.get(place, 0) + p.numel()
+    if found:
+        share = sum(found.values()) / (sum(found.values()) + sum(sizes))
+        yield (
+            f"target_modules={presets[0]!r} passes by {', '.join(map(repr, found))}: {share:.0%} of the weights "
+            "in the blocks that it adapts are in no layer of a kind that can be adapted (experts?), and stay "
+            "frozen."
+        )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from training import fit, now, pretrain
 
 from lightning_uora import UORAConfig, attach_uora, calibrate, named_adapters
-from lightning_uora.adapters import projections_of
+from lightning_uora.adapters import attachment_of
 from lightning_uora.inputs.moments import ExactMoment, SketchedMoment, sketch_size
 from lightning_uora.inputs.observer import Observer
 from lightning_uora.inputs.passes import Watch
@@ -75,7 +75,8 @@ def shapes(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], Any, Callabl
 
 def held(model: nn.Module, batch: Tensor, forward: Callable[[Tensor], Tensor]) -> int:
     """Bytes that the moments of a calibration hold at most, as one batch shows."""
-    watch = Watch(model, projections_of(model).config.rank, off=True)
+    one = attachment_of(model, "a benchmark")
+    watch = Watch(one, one.owner.config.rank, off=True)
     watch.run([batch], forward, model, fewest=0)
     moments = watch.moments.values()
     return sum(m.sum.nbytes * 3 // 2 if isinstance(m, SketchedMoment) else m.sum.nbytes for m in moments)
@@ -136,9 +137,10 @@ def sketch(quick: bool) -> None:
     attach_uora(model, UORAConfig(4, TARGETS, ["patch_embed"], init="inputs"))
     x = digits(range(5, 10), moved=True).tensors[0][: 64 if quick else 512]
     seen: dict[tuple[int, str], list[Tensor]] = {}
-    owner = projections_of(model)
+    one = attachment_of(model, "a benchmark")
+    owner = one.owner
     owner.disabled += 1
-    with torch.no_grad(), Observer(model, lambda layer, part, rows: seen.setdefault(
+    with torch.no_grad(), Observer(one, lambda layer, part, rows: seen.setdefault(
         (layer.layer_index, part.name), []).append(rows)):  # fmt: skip
         model.eval()(x)
     for rank in (4,) if quick else (16, 64):

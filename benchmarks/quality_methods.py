@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from training import fit
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, calibrate
+from lightning_uora.adapters import attachment_of
 from lightning_uora.inputs import inputs_observed
 from lightning_uora.reinit import Refresher
 
@@ -107,10 +108,11 @@ def train(method: Method, task: Task, lr: float, seed: int) -> tuple[nn.Module, 
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
     schedule = POLICIES[method.refresh]
     refresher = Refresher(schedule, schedule.due_steps(task.steps)) if schedule else None
+    one = attachment_of(model, "a benchmark") if refresher is not None else None
 
     def before(step: int, index: Tensor) -> None:
         if refresher is not None:
-            refresher.before_step(model, step)
+            refresher.before_step(one, step)
 
     def after(step: int, index: Tensor) -> None:
         decay.step()
@@ -118,7 +120,7 @@ def train(method: Method, task: Task, lr: float, seed: int) -> tuple[nn.Module, 
             looks = refresher.schedule.growth == "inputs" and refresher.is_due(step)
             run = lambda index: task.run(model, index)  # noqa: E731
             with inputs_observed(model, [index], run) if looks else nullcontext():
-                refresher.after_step(model, [optimizer], step)
+                refresher.after_step(one, [optimizer], step)
 
     model.train()
     fit(lambda index: task.loss(model, index), task.order, optimizer, before, after)

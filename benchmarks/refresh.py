@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training import fit, now
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, refresh
+from lightning_uora.adapters import attachment_of
 from lightning_uora.reinit import Refresher
 
 
@@ -33,16 +34,17 @@ def cost(quick: bool) -> None:
 def _cost(model: nn.Module, rounds: int) -> str:
     x, y = torch.randn(4, 3, 224, 224), torch.randint(0, 10, (4,))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    one = attachment_of(model, "a benchmark")
     watch = Refresher(ReinitSchedule(start=10**6, stop=10**6), [10**6])
 
     def loss(x: Tensor) -> Tensor:
         return nn.functional.cross_entropy(model(x), y)
 
     def before(step: int, x: Tensor) -> None:
-        watch.before_step(model, step)
+        watch.before_step(one, step)
 
     def after(step: int, x: Tensor) -> None:
-        watch.after_step(model, [optimizer], step)
+        watch.after_step(one, [optimizer], step)
 
     watched, plain = [], []
     for _ in range(rounds + 1):

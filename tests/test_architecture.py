@@ -47,6 +47,7 @@ INSIDE = {
     "reinit": (("schedule",), ("refresh",), ("growth",), ("weakness", "rotation")),
     "adapters": (
         ("attach",),
+        ("resizing",),
         ("attachments", "targets", "specialise"),
         ("forms", "roles", "own_layers", "passing"),
         ("layers", "role_names"),

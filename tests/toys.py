@@ -13,9 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_uora import UORACallback
+from lightning_uora.adapters import Projections, attachment_of
 
 TENSORS_ONLY = {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 """Lightning unpickles nothing but tensors; before 2.6 it had no such option."""
+
+
+def projections_of(model: nn.Module) -> Projections:
+    """The owner of A and B of the only adapted model in ``model``."""
+    return attachment_of(model, "a test").owner
+
 
 needs_weight_averaging = pytest.mark.skipif(
     not hasattr(lightning.pytorch.callbacks, "WeightAveraging"),

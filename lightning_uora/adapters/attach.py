@@ -25,6 +25,7 @@ from lightning_uora.adapters.kinds import named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
 from lightning_uora.adapters.names import named_modules, unwrapped
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
+from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.targets import Selection, select
 from lightning_uora.config import UORAConfig
@@ -121,6 +122,7 @@ def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None
         for index, module in enumerate(modules.values()):
             specialise(module, owner, index)
         _freeze(one, selection, config)
+        watch_resizing(one)
     except BaseException:
         _detach(one)
         raise
@@ -161,6 +163,7 @@ def detach_uora(model: nn.Module, merge: bool = False) -> None:
 
 
 def _detach(one: Attachment) -> None:
+    forget_resizing(one)
     for _, adapted in one.layers:
         unspecialise(adapted)
     if one.key is not None:
@@ -173,8 +176,8 @@ def _detach(one: Attachment) -> None:
 
 
 # Note [Shared weights]
-# A weight with several names is one parameter. Adapted in one module, the others read the base; so merging may
-# not write into it. The adapted module gets a parameter of its own, and the tie is cut.
+# A weight with several names is one parameter. Adapted in one module, the others read the base; so merging
+# may not write into it. The adapted module gets a parameter of its own, and the tie is cut.
 
 
 def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:

@@ -23,10 +23,10 @@ __all__ = [
 ]
 
 # Note [What trains]
-# It is decided when adapters are attached and written down with the owner of A and B: modules and the names of
-# their parameters. It is not read back from requires_grad, which freeze(), GANs and callbacks move for a
-# while. What the user lets train besides, by hand, is added when training starts and when something is saved.
-# Parameters are matched by identity, so that a tied one counts under any of its names.
+# It is decided when adapters are attached and written down with the owner of A and B: modules and the names
+# of their parameters. It is not read back from requires_grad, which freeze(), GANs and callbacks move for a
+# while. What the user lets train besides, by hand, is added when training starts and when something is
+# saved. Parameters are matched by identity, so that a tied one counts under any of its names.
 
 
 @dataclass(frozen=True)

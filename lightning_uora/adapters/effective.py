@@ -70,11 +70,11 @@ def _writing(name: str) -> Callable[..., Any]:
     return method
 
 
-NO_WRITES = frozenset(
-    ["requires_grad_", "detach_", "share_memory_", "rename_", "resize_", "resize_as_", "set_", "t_"]
-    + ["transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "sparse_resize_"]
-    + ["sparse_resize_and_clear_", "resize_as_sparse_"]
+_NONE = (
+    "requires_grad_ detach_ share_memory_ rename_ resize_ resize_as_ set_ t_ transpose_ swapaxes_ swapdims_"
 )
+_SHAPES = "squeeze_ unsqueeze_ as_strided_ sparse_resize_ sparse_resize_and_clear_ resize_as_sparse_"
+NO_WRITES = frozenset(f"{_NONE} {_SHAPES}".split())
 """Methods with a trailing underscore that change no number."""
 _IN_PLACE = [name for name in dir(Tensor) if name[-1] == "_" and name[0] != "_" and name not in NO_WRITES]
 _OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]

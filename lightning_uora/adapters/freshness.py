@@ -16,19 +16,21 @@ WHOLE = 2_048
 # Note [When the effective weight is kept]
 # With gradients it is built for each read: its graph belongs to one backward. In training without gradients
 # (reentrant checkpointing) it is built too: keeping it would hold a second copy of every adapted weight. Of
-# sharded weights nothing is kept: FSDP2 gathers them into the same memory without moving a version. Else it is
-# kept until something it was made from has changed: another object, data pointer or version; and because
+# sharded weights nothing is kept: FSDP2 gathers them into the same memory without moving a version. Else it
+# is kept until something it was made from has changed: another object, data pointer or version; and because
 # fused optimizers, `.data` and other views write without moving a version, the numbers are compared as well.
 # d and b are compared whole. A, B and W up to WHOLE numbers too, larger ones by SAMPLE numbers spread over
-# them: bulk writes (loading, averaging, scaling) show there. train(), eval() and casts drop what was kept. On
-# an accelerator a comparison would wait for the device at every layer, so nothing is kept there. The weight
-# is built outside inference mode: a tensor made inside could not be used by autograd later.
+# them: bulk writes (loading, averaging, scaling) show there. What does not show is a write through `.data`
+# to a few single numbers of a large frozen weight between two evaluations. train(), eval() and casts drop
+# what was kept. On an accelerator a comparison would wait for the device at every layer, so nothing is kept
+# there. The weight is built outside inference mode: one made inside could not be used by autograd later.
 
 
 def keepable(t: Tensor) -> bool:
-    """Whether what is made from ``t`` can be proved fresh later, see Note [When the effective weight is kept].
+    """Whether what is made from ``t`` can be proved fresh later.
 
-    Not where a compiler, a tracer or a transform of torch.func looks on.
+    See Note [When the effective weight is kept]. Not where a compiler, a tracer or a
+    transform of torch.func looks on.
     """
     if t.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

@@ -149,6 +149,8 @@ class AdaptedModule(nn.Module):
             return W
         if W is None or adapter.owner.disabled:
             return W
+        if W.numel() != adapter.parts[name].m * adapter.parts[name].n and not adapter.sharded:
+            self._uora_refuse_shape(name, W)
         adapter.base[name] = W
         held = adapter.holding
         if held is not None and name in held:
@@ -172,6 +174,13 @@ class AdaptedModule(nn.Module):
         if held is not None:
             held[name] = weight
         return weight
+
+    def _uora_refuse_shape(self, name: str, W: Tensor) -> None:
+        part = self._uora.parts[name]
+        raise ValueError(
+            f"{name} of an adapted {self.original_class.__name__} was {part.m} x {part.n} and is now "
+            f"{tuple(W.shape)}; {DETACH_FIRST}, then change it."
+        )
 
     def _uora_keeps(self) -> bool:
         """Whether an effective weight made now may be kept for later reads."""

@@ -84,7 +84,7 @@ def passed_by(
     if found:
         share = sum(found.values()) / (sum(found.values()) + sum(sizes))
         yield (
-            f"target_modules={presets[0]!r} passes by {', '.join(map(repr, found))}: {share:.0%} of the weights "
-            "in the blocks that it adapts are in no layer of a kind that can be adapted (experts?), and stay "
-            "frozen."
+            f"target_modules={presets[0]!r} passes by {', '.join(map(repr, found))}: {share:.0%} of the "
+            "weights in the blocks that it adapts are in no layer of a kind that can be adapted (experts?), "
+            "and stay frozen."
         )

@@ -97,6 +97,9 @@ class Projections(nn.Module):
         self.unused_axes: Callable[[str, Tensor, int], Tensor] | None = None
         self.on_read: Callable[[Tensor, nn.Module, str], None] | None = None  # told of every weight read
         self.calibrated = False
+        self.resized: list[
+            str
+        ] = []  # buffers of layers whose height has changed: the seed cannot redraw them
         self.elsewhere: dict[Any, Any] = {}  # copies for layers on other devices, with what they are of
         sizes = (sorted(widths), sorted(heights))
         if device.type != "meta":
@@ -170,13 +173,40 @@ class Projections(nn.Module):
                 "before that: calibrate by hand)."
             )
 
+    def resize(self, old: int, new: int, layer: int, others: set[int]) -> None:
+        """B for a layer whose height has changed: its rows as they were, new ones from the seed.
+
+        Args:
+            old: Height until now.
+            new: Height from now on.
+            layer: The layer's index.
+            others: Heights of the other layers, whose B stays.
+        """
+        for name in [f"B_{old}", f"B_{old}_{layer}"]:
+            B, target = self._buffers.get(name), name.replace(f"_{old}", f"_{new}", 1)
+            if B is None or target in self._buffers:
+                continue
+            rows = self._draw(f"B_{new}").to(B.device, B.dtype)
+            kept = min(old, new)
+            rows[:kept] = B[:kept]
+            self.register_buffer(target, rows)
+            self.resized.append(target)
+        self._buffers.pop(f"B_{old}_{layer}", None)
+        if old not in others:
+            self._buffers.pop(f"B_{old}", None)
+        self.resized = [name for name in self.resized if name in self._buffers]
+
     def stored(self) -> dict[str, Tensor]:
-        """What seed and record cannot rebuild: A from the inputs, as float16, which holds it exactly."""
-        if self.config.init != "inputs":
-            return {}
-        own = self.config.share == "layer"
+        """What seed and record cannot rebuild.
+
+        A from the inputs, as float16, which holds it exactly; B of layers that were resized.
+        """
         named = cast("dict[str, Tensor]", self._buffers)
-        return {n: A.half() for n, A in named.items() if n[0] == "A" and _is_own(n) == own}
+        kept = {name: named[name] for name in self.resized if name in named}
+        if self.config.init != "inputs":
+            return kept
+        own = self.config.share == "layer"
+        return kept | {n: A.half() for n, A in named.items() if n[0] == "A" and _is_own(n) == own}
 
     def rounded(self, name: str, values: Tensor) -> Tensor:
         """``values`` for the buffer of that name, as they will be stored."""
@@ -258,8 +288,9 @@ class Projections(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """See Note [Record and own copies in the state dict]."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.record or self.calibrated:
+        if self.record or self.calibrated or self.resized:
             told = {"version": 1, "refreshes": self.record, "calibrated": self.calibrated}
+            told |= {"resized": self.resized} if self.resized else {}
             text = json.dumps(told).encode()
             destination[f"{prefix}record"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
@@ -270,6 +301,7 @@ class Projections(nn.Module):
             record = state_dict.pop(f"{prefix}record", None)
             told = {} if record is None else json.loads(bytes(record.tolist()))
             self.record, self.calibrated = told.get("refreshes", []), told.get("calibrated", False)
+            self.resized = told.get("resized", [])
             self._drop_own(keep=names)
             for name in names:
                 if _is_own(name) and name.rpartition("_")[0] in self._buffers:

@@ -52,8 +52,8 @@ def refresh(
 
     Returns:
         The indices refreshed in each projection: rows of ``"A_<n>"``, columns of ``"B_<m>"``, rows of
-        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. Of several adapted models each
-        name begins with its path and a dot. Empty where nothing was weak.
+        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. Of several adapted models
+        each name begins with its path and a dot. Empty where nothing was weak.
 
     Raises:
         ValueError: The model is not adapted; d or b is not finite (the layer is named); the criterion or the
@@ -87,7 +87,9 @@ def rebuild_around(one: Attachment, given: dict[str, Tensor]) -> None:
             owner.writable(name).copy_(values)
         for number, entry in enumerate(record):
             slots = {slot.key: slot for v in ("d", "b") for slot in slots_of(one, v)}
-            plan = [(slots[key], rows) for key, rows in entry["rows"].items() if key not in given]
+            plan = [
+                (slots[key], rows) for key, rows in entry["rows"].items() if key in slots and key not in given
+            ]
             _write(owner, _turn(owner, plan, entry, number))
     owner.record = record
 

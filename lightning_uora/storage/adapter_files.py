@@ -43,7 +43,8 @@ def save_adapter(
     """Write an adapter as ``uora_config.json`` and ``uora_adapter.safetensors``.
 
     Both are written under temporary names, read back, compared and then renamed: a crash, a full disk or a
-    bad one leaves the old files. The file holds every number that trained, frozen since or not. If the model is sharded every rank must call this, and the first one writes.
+    bad one leaves the old files. The file holds every number that trained, frozen since or not. If the model
+    is sharded every rank must call this, and the first one writes.
 
     Args:
         model: The adapted model, a module around it, or a part that holds all that was trained; the names in
@@ -53,8 +54,8 @@ def save_adapter(
             in float16, which is exact); ``"full"`` stores them.
 
     Raises:
-        ValueError: The model is not adapted or not calibrated, holds several adapted models, or only a part of
-            what was trained; ``projections`` is neither of the two.
+        ValueError: The model is not adapted or not calibrated, holds several adapted models, or only a part
+            of what was trained; ``projections`` is neither of the two.
         OSError: The directory cannot be written, or what was written reads back otherwise.
     """
     if projections not in ("record", "full"):
@@ -110,8 +111,8 @@ def _compare(tensor_file: Path, tensors: dict[str, Tensor], config_file: Path, t
     wrong = [n for n, t in tensors.items() if n not in found or not _same(found[n], t)]
     if wrong or len(found) != len(tensors) or json.loads(config_file.read_text()) != told:
         raise OSError(
-            f"what was written reads back otherwise ({wrong[0] if wrong else config_file.name}); the disk may be "
-            "full or bad. The old files are as they were."
+            f"what was written reads back otherwise ({wrong[0] if wrong else config_file.name}); the disk "
+            "may be full or bad. The old files are as they were."
         )
 
 
@@ -139,8 +140,8 @@ def load_adapter(
     Args:
         model: The base, not adapted; any device and dtype.
         directory: What :func:`save_adapter` wrote.
-        base_mismatch: ``"warn"`` loads onto another base with a warning, and leaves a head aside that does not
-            fit.
+        base_mismatch: ``"warn"`` loads onto another base with a warning, and leaves a head aside that does
+            not fit.
         head: False leaves the head that was trained with the adapter aside; the model's own trains.
 
     Returns:

@@ -46,7 +46,7 @@ __all__ = ["CheckpointHooks", "load_from_checkpoint", "read_checkpoint", "save_c
 
 
 STATES = ("state_dict", "current_model_state")
-"""Where checkpoints keep the module's numbers; the second is ``WeightAveraging``'s, of the unaveraged ones."""
+"""Where checkpoints keep the module's numbers; the second is ``WeightAveraging``'s, of those not averaged."""
 
 # Note [Strategies that load weights first]
 # ModelParallelStrategy loads the weights before any hook, buffer by buffer of the fresh module: it knows
@@ -136,8 +136,8 @@ class CheckpointHooks:
         lost = [name for name in trained_parameters(self.module) if name not in held]
         if lost and not is_sharded(self.module):
             raise ValueError(
-                f"on_save_checkpoint of {type(self.module).__name__} leaves out {few(lost)}, which trained; keep "
-                "what requires gradients, or use UORACallback(checkpoint='adapter') for small files."
+                f"on_save_checkpoint of {type(self.module).__name__} leaves out {few(lost)}, which trained; "
+                "keep what requires gradients, or use UORACallback(checkpoint='adapter') for small files."
             )
 
     def load(self, checkpoint: dict[str, Any]) -> None:

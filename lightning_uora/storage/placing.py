@@ -57,9 +57,10 @@ def place_of(
     misfits = [n for n in misfits if n not in outside]
     if head and (misfits or outside) and not lenient:
         what = [*outside, *misfits]
+        sizes = _shapes(misfits, parameters, tensors, without)
         raise ValueError(
-            f"{few(what)} trained with the adapter and do(es) not fit this model{_shapes(misfits, parameters, tensors, without)}; "
-            "pass head=False to load the adapter without the head."
+            f"{few(what)} trained with the adapter and do(es) not fit this model{sizes}; pass head=False to "
+            "load the adapter without the head."
         )
     heads = () if head else find_heads(root)
     within = tuple(f"{one}." for one in heads)

@@ -60,6 +60,7 @@ def describe(one: Attachment, base: bool = True) -> dict[str, Any]:
         "calibrated": owner.calibrated,
         "projections": {name: fingerprint(buffer) for name, buffer in owner.named_buffers()},
         "base": _base_prints(one) if base else {},
+        **({"resized": list(owner.resized)} if owner.resized else {}),
     }
 
 
@@ -172,6 +173,7 @@ def take_projections(one: Attachment, manifest: dict[str, Any], projections: dic
     try:
         owner.record = [dict(entry) for entry in manifest["record"]]
         owner.calibrated = manifest.get("calibrated", False)
+        owner.resized = list(manifest.get("resized", ()))
         if set(projections) >= set(manifest["projections"]):
             owner.set(projections)
         else:

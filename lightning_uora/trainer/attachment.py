@@ -105,8 +105,8 @@ def look_at_checkpoint(pl_module: LightningModule, checkpoint: dict[str, Any]) -
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and checkpoint.get("optimizer_states"):
         raise MisconfigurationException(
             "The checkpoint is of a run without UORA adapters, and its optimizer knows other parameters. To "
-            f"start from its weights: module = {type(pl_module).__name__}.load_from_checkpoint(...), then fit "
-            "without ckpt_path."
+            f"start from its weights: module = {type(pl_module).__name__}.load_from_checkpoint(...), then "
+            "fit without ckpt_path."
         )
     if any(bool(m.uora_b.any()) for _, m in named_adapters(pl_module)):
         rank_zero_warn(

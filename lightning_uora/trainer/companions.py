@@ -56,7 +56,7 @@ def _refuse_two_kinds(trainer: Trainer, own: Any) -> None:
     kinds = {own.checkpoint, *(other.checkpoint for other in others_of_its_kind(trainer, own))}
     if len(kinds) > 1:
         raise MisconfigurationException(
-            "Several UORACallbacks write one checkpoint: give all of them the same checkpoint='full' or 'adapter'."
+            "Several UORACallbacks write one checkpoint: give all the same checkpoint='full' or 'adapter'."
         )
 
 

@@ -1,4 +1,4 @@
-"""What trains is settled when training starts: nothing of the base joins later, and what should train does."""
+"""What trains is settled when training starts: no part of the base joins later, what should train does."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Guard:
         still = [name for name, p in trained.items() if not p.requires_grad]
         if still:
             rank_zero_warn(
-                f"{_shown(still)} should train and do(es) not require gradients: frozen after UORACallback was "
-                "set up (in configure_optimizers, on_fit_start or by another callback). Freezing the base is the "
-                "callback's work; remove it."
+                f"{_shown(still)} should train and do(es) not require gradients: frozen after UORACallback "
+                "was set up (in configure_optimizers, on_fit_start or by another callback). UORACallback "
+                "freezes the base itself; remove that."
             )
 
     def hold(self, trainer: Trainer) -> None:
@@ -53,8 +53,8 @@ class Guard:
             by = [type(one).__name__ for one in callbacks_of(trainer) if isinstance(one, BaseFinetuning)]
             rank_zero_warn(
                 f"{_shown(new)} of the frozen base began to require gradients during the run"
-                f"{f' (by {by[0]}?)' if by else ''}; UORACallback keeps them frozen. Name what is to train in "
-                "trainable_modules."
+                f"{f' (by {by[0]}?)' if by else ''}; UORACallback keeps them frozen. Name what is to "
+                "train in trainable_modules."
             )
 
     def after_backward(self) -> None:
@@ -76,8 +76,8 @@ class Guard:
         """Warn of what should train and got no gradient; once."""
         if self._waiting:
             rank_zero_warn(
-                f"No gradient in the first optimizer step for {_shown(list(self._waiting))}: these parameters do "
-                "not train."
+                f"No gradient in the first optimizer step for {_shown(list(self._waiting))}: these "
+                "parameters do not train."
             )
             self._waiting = {}
 

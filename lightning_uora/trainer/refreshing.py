@@ -71,8 +71,9 @@ class Refreshing:
         for _, refresher in self._places:
             if refresher.is_over and not refresher.refreshed:
                 rank_zero_warn(
-                    f"reinit refreshed no row in {len(refresher.due)} attempts: threshold={schedule.threshold} "
-                    f"({schedule.threshold_mode}) or max_fraction={schedule.max_fraction} is too low."
+                    f"reinit refreshed no row in {len(refresher.due)} attempts: "
+                    f"threshold={schedule.threshold} ({schedule.threshold_mode}) or "
+                    f"max_fraction={schedule.max_fraction} is too low."
                 )
 
     def state(self) -> dict[str, Any]:

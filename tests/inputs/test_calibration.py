@@ -26,12 +26,12 @@ from lightning_uora import (
     refresh,
     save_adapter,
 )
-from lightning_uora.adapters.projections import projections_of
+from lightning_uora.adapters import attachment_of
 from lightning_uora.inputs.calibration import inputs_observed
 from lightning_uora.inputs.passes import Watch
 from tests import families
 from tests.inputs.test_moments import literal_axes, sines
-from tests.toys import free_port
+from tests.toys import free_port, projections_of
 
 
 def adapted(model: nn.Module, targets="all", rank: int = 3, **options) -> nn.Module:
@@ -647,7 +647,7 @@ def test_layers_that_get_one_tensor_share_a_moment_and_all_get_their_own_axes(od
     with torch.no_grad():
         for x in batches:
             plain(x.clone())
-    watch = Watch(models[0], 3, off=True)
+    watch = Watch(attachment_of(models[0], "a test"), 3, off=True)
     watch.run([x.clone() for x in batches], None, models[0], fewest=0)
     assert len(watch.moments) == {"": 2, "written between": 3}.get(odd, 4)
     calibrate(models[1], [x.clone() for x in batches])

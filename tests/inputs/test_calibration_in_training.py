@@ -24,7 +24,6 @@ from lightning_uora import (
     load_from_checkpoint,
     named_adapters,
 )
-from lightning_uora.adapters.projections import projections_of
 from lightning_uora.cli import main
 from tests.inputs.test_calibration import check_axes
 from tests.toys import (
@@ -36,6 +35,7 @@ from tests.toys import (
     equal_batches,
     free_port,
     needs_weight_averaging,
+    projections_of,
     trainer,
 )
 

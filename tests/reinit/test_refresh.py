@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, rebuild, refresh
+from lightning_uora.adapters import attachment_of
 from lightning_uora.adapters.draws import draw_down
 from lightning_uora.adapters.projections import seeded_generator
 from lightning_uora.reinit.growth import gradients_collected
@@ -326,7 +327,7 @@ def test_an_average_does_not_mistake_a_zero_crossing_for_death():
             model["one"].uora_d.copy_(torch.tensor([1.0, 0.001, 1.0, 1.0]))
             model["one"].uora_d[0] = (40 - step) / 20  # was large, is crossing zero now
             model["two"].uora_d.fill_(1.0)
-        rows = refresher.after_step(model, [], step)
+        rows = refresher.after_step(attachment_of(model, "a test"), [], step)
     assert rows == {"A_9_0": [1], "B_7_0": [1]}
 
 

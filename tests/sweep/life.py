@@ -260,8 +260,9 @@ def merge(model: nn.Module, run: Run, base: Base, trained: list[Tensor]) -> dict
     """Merge, compare, and give the gradient that each vector should have had, by name."""
     adapters = dict(named_adapters(model))
     literal = {name: literal_gradients(module) for name, module in adapters.items()}
-    weights = {name: [p for p, _ in module.merged_weights()] for name, module in adapters.items()}
+    parts = {name: list(module._uora.parts) for name, module in adapters.items()}
     detach_uora(model, merge=True)
+    weights = {name: [adapters[name]._parameters[part] for part in parts[name]] for name in adapters}
     assert facts(model)[0] == base.classes, "merged: other classes"
     assert list(model.state_dict()) == list(base.state), "merged: other state-dict keys"
     with torch.no_grad():

@@ -23,7 +23,7 @@ from lightning_uora.adapters.attachments import (
 from lightning_uora.adapters.draws import draw_down, one_thread
 from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part
-from lightning_uora.adapters.layers import AdaptedModule, adapted_modules, facts
+from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
 from lightning_uora.adapters.projections import (
     OWNER,
@@ -41,7 +41,6 @@ __all__ = [
     "Part",
     "Projections",
     "Selection",
-    "adapted_modules",
     "adapters_disabled",
     "adopt",
     "attach_beside",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_uora.adapters.functional import factored_flops, factored_linear, merged_flops
-from lightning_uora.adapters.layers import AdaptedModule
+from lightning_uora.adapters.layers import AdaptedModule, this_thread
 
 __all__ = ["AdaptedAttention", "AdaptedLinear"]
 
@@ -70,7 +69,7 @@ class AdaptedAttention(AdaptedModule):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        held, thread = self._uora.held, threading.get_ident()
+        held, thread = self._uora.held, this_thread()
         held[thread] = {}
         try:
             return super().forward(*args, **kwargs)

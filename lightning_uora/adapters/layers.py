@@ -35,6 +35,7 @@ __all__ = [
     "Adapter",
     "adapted_modules",
     "facts",
+    "this_thread",
 ]
 
 
@@ -73,7 +74,12 @@ class Adapter:
     @property
     def holding(self) -> dict[str, Tensor] | None:
         """Effective weights of this thread's forward; None where none runs."""
-        return self.held.get(threading.get_ident()) if self.held else None
+        return self.held.get(this_thread()) if self.held else None
+
+
+def this_thread() -> int:
+    """Of a forward; compilers know one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 # Note [Sharded weights]
@@ -236,7 +242,9 @@ class AdaptedModule(nn.Module):
 
     def _uora_assign(self, name: str, value: Any) -> None:
         old = self._parameters[name]
-        if old is None or not isinstance(value, nn.Parameter) or value.shape != old.shape:
+        if value is not None and not isinstance(value, nn.Parameter):
+            super().__setattr__(name, value)  # torch says what it takes
+        if old is None or value is None or value.shape != old.shape:
             shape = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
             raise ValueError(
                 f"{name} of an adapted {self.original_class.__name__} can become another nn.Parameter of its "
@@ -329,6 +337,13 @@ class AdaptedModule(nn.Module):
         _, (_, *args), *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
         revive = type(self).uora_revive  # type: ignore[attr-defined]
         return revive, (self.original_class, tuple(self._uora.parts), *args), *rest
+
+    def __prepare_scriptable__(self) -> None:
+        """What ``torch.jit.script`` asks first."""
+        raise ValueError(
+            f"torch.jit.script cannot compile an adapted {self.original_class.__name__}; {DETACH_FIRST}, or "
+            "use torch.jit.trace or torch.export."
+        )
 
     @override
     def extra_repr(self) -> str:

@@ -125,7 +125,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 def whole_of(model: nn.Module) -> Attachment:
     """The adapted model in ``model``, with names as of ``model`` where that holds all of it."""
-    one = attachment_of(model, "a file")
+    one = attachment_of(model, "saving an adapter")
     return Attachment("", model, one.owner, one.key) if one.path else one
 
 

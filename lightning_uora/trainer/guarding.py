@@ -24,6 +24,7 @@ class Guard:
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._waiting: dict[str, nn.Parameter] = {}
         self._stepped: set[int] = set()
+        self._went_back = False
         self._told: set[str] = set()
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,7 +33,7 @@ class Guard:
         trained = trained_parameters(pl_module)
         self._frozen = [(name, p) for name, p in named_parameters(pl_module).items() if name not in trained]
         self._waiting = {name: p for name, p in trained.items() if p.requires_grad}
-        self._stepped, self._told = set(), set()
+        self._stepped, self._told, self._went_back = set(), set(), False
         still = [name for name, p in trained.items() if not p.requires_grad]
         if still:
             rank_zero_warn(
@@ -59,12 +60,14 @@ class Guard:
 
     def after_backward(self) -> None:
         """Note what has got a gradient."""
+        self._went_back = True
         if self._waiting:
             self._waiting = {name: p for name, p in self._waiting.items() if p.grad is None}
 
     def before_step(self, trainer: Trainer, optimizer: Any) -> None:
-        """Note that an optimizer steps."""
-        self._stepped.add(id(getattr(optimizer, "optimizer", optimizer)))
+        """Note that an optimizer steps; a step without a loss does not count."""
+        if self._went_back:
+            self._stepped.add(id(getattr(optimizer, "optimizer", optimizer)))
         self.hold(trainer)
 
     def after_batch(self, trainer: Trainer) -> None:
@@ -74,7 +77,7 @@ class Guard:
 
     def judge(self) -> None:
         """Warn of what should train and got no gradient; once."""
-        if self._waiting:
+        if self._waiting and self._went_back:
             rank_zero_warn(
                 f"No gradient in the first optimizer step for {_shown(list(self._waiting))}: these "
                 "parameters do not train."

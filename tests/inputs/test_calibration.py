@@ -312,7 +312,7 @@ def test_bad_input_is_a_clear_error_and_the_model_stays_as_it_was(kind: str):
 
 
 def test_calibrate_is_for_a_model_that_waits_for_it():
-    with pytest.raises(ValueError, match="not the root of an adapted model"):
+    with pytest.raises(ValueError, match="holds no adapted model"):
         calibrate(nn.Linear(3, 3), [])
     other = nn.Sequential(nn.Linear(4, 3))
     attach_uora(other, UORAConfig(rank=2, target_modules="all-linear"))
@@ -462,7 +462,7 @@ def test_a_stored_a_that_was_changed_is_found(tmp_path):
     torch.manual_seed(0)
     other = adapted(Shifting(), "all-linear")
     with pytest.raises(ValueError, match="'A_4_0' are not those of the run"):
-        restore(other, manifest, tensors)
+        restore(attachment_of(other, "a test"), manifest, tensors)
     assert projections_of(other).uncalibrated
     assert "A_4_0" not in dict(projections_of(other).named_buffers())
 

@@ -402,7 +402,7 @@ def test_collected_gradients_are_those_of_the_effective_weight():
             "inside `with lightning_uora.reinit.gradients_collected",
         ),
         (lambda: adapted("layer"), ReinitSchedule(criterion="ema"), "criterion='ema' needs averages"),
-        (lambda: nn.Linear(3, 3), ReinitSchedule(), "not the root of an adapted model"),
+        (lambda: nn.Linear(3, 3), ReinitSchedule(), "holds no adapted model"),
     ],
 )
 def test_what_a_refresh_needs_and_does_not_find(make, schedule, message: str):

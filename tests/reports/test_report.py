@@ -83,5 +83,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 
 def test_a_plain_model_is_refused():
-    with pytest.raises(ValueError, match="not the root of an adapted model"):
+    with pytest.raises(ValueError, match="holds no adapted model"):
         plot_vectors(nn.Linear(3, 3))

@@ -232,7 +232,7 @@ def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
 def test_wrong_calls_say_so(tmp_path):
     with pytest.raises(ValueError, match="projections='some' is not allowed"):
         save_adapter(trained(), tmp_path, "some")
-    with pytest.raises(ValueError, match="not the root of an adapted model"):
+    with pytest.raises(ValueError, match="holds no adapted model"):
         save_adapter(base(), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

@@ -27,7 +27,7 @@ class AdaptedLinear(AdaptedModule):
         if self._uora_needs_grad():
             self._uora.owner.require_calibrated("training")
         (part,) = self._uora.parts.values()
-        W, bias = cast(Tensor, self._parameters[part.name]), self._parameters["bias"]
+        W, bias = cast(Tensor, self._parameters[part.name]), cast("Tensor | None", self.bias)
         dropped = nn.functional.dropout(x, config.dropout, self.training) if drops else None
         vectors = self._uora_tensors(part.n)
         return factored_linear(x, W, bias, *vectors, dropped=dropped, transposed=part.transposed)

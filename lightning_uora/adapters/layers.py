@@ -272,7 +272,10 @@ class AdaptedModule(nn.Module):
             return
         for part in adapter.parts:
             if name in (f"{part}_orig", f"{part}_g", f"{part}_v"):
-                self._parameters.setdefault(part, adapter.base.get(part))
+                if part not in self._parameters:  # taken away by hand: put back, in its place
+                    others = dict(self._parameters)
+                    self._parameters.clear()
+                    self._parameters.update({part: adapter.base.get(part), **others})
                 self._uora_refuse(part)
         super().register_parameter(name, param)
 

@@ -175,7 +175,7 @@ def test_parameters_that_no_loss_depends_on_are_found_and_named_once(runs):
     found = runs.one("ddp unused")
     assert found["state"]["body.0.uora_b"].abs().max() > 0
     assert not found["state"]["spare.uora_b"].any()
-    assert runs.printed.count("No gradient in the first backward for spare.uora_d, spare.uora_b") == 1
+    assert runs.printed.count("No gradient in the first optimizer step for spare.uora_d, spare.uora_b") == 1
 
 
 def test_the_table_is_printed_once(runs):

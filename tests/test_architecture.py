@@ -32,8 +32,8 @@ INSIDE = {
     ),
     "storage": (
         ("merging", "peft"),
-        ("adapter_files", "checkpoint"),
-        ("restoring",),
+        ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
+        ("restoring", "low_rank"),
         ("manifest", "fingerprints"),
     ),
     "inputs": (

@@ -19,6 +19,7 @@ from lightning_uora.config import INITS, UORAConfig
 from lightning_uora.reports import inspect_model, model_on_meta
 from lightning_uora.storage import (
     detached_state,
+    known_targets,
     load_from_checkpoint,
     merge_state,
     read,
@@ -60,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--format", choices=["lora", "vera"], default="lora")
+    export.add_argument(
+        "--max-rank",
+        type=int,
+        metavar="RANK",
+        help="lora: the best approximation where a layer's rank is higher; its error is printed",
+    )
     export.add_argument(
         "--base-model", metavar="NAME", help="base_model_name_or_path in the PEFT configuration"
     )
@@ -174,24 +181,59 @@ def _export(chosen: argparse.Namespace) -> None:
     prefix = f"{manifest['root']}." if manifest.get("root") else ""
     inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     model = skeleton(manifest, inner)
-    adapters, heads = (
-        dict(named_adapters(model)),
-        list(dict.fromkeys(n.rpartition(".")[0] for n in manifest["trained"])),
-    )
-    both = [name for name in heads if name in adapters]
-    if both:
-        raise ValueError(
-            f"module {both[0]!r} is adapted and its bias was trained; PEFT has no place for that."
-        )
+    adapters = dict(named_adapters(model))
     lost = [name for name in manifest["trained"] if name not in inner]
     if lost:
         raise ValueError(f"{chosen.source} is damaged: it lacks {lost[0]!r}.")
     trained = {name: inner[name] for name in manifest["trained"]}
-    adapters, layers, trained, modules = (
-        _within(chosen.submodule, named)
-        for named in (adapters, manifest["layers"], trained, dict.fromkeys(heads))
+    adapters, layers, trained = (
+        _within(chosen.submodule, named) for named in (adapters, manifest["layers"], trained)
     )
-    write_peft(adapters, layers, list(modules), trained, chosen.out, chosen.format, chosen.base_model)
+    path = f"{chosen.submodule}." if chosen.submodule else ""
+    state = {name.removeprefix(path): t for name, t in inner.items() if name.startswith(path)}
+    heads = _trained_modules(adapters, trained, state)
+    saved = tuple(f"{head}." for head in heads)
+    known = [name.removeprefix(path) for name in (*inner, *manifest["base"]) if name.startswith(path)]
+    loss = write_peft(
+        adapters,
+        layers,
+        heads,
+        {name: t for name, t in state.items() if name.startswith(saved)},
+        chosen.out,
+        chosen.format,
+        chosen.base_model,
+        chosen.max_rank,
+        known_targets(adapters, {name.rpartition(".")[0] for name in known}),
+    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if loss is not None:
+        console.print(str(loss))
+    bare = [n for n, t in trained.items() if t.dim() == 2 and f"{n.rpartition('.')[0]}.bias" not in state]
+    if bare and manifest.get("kind") != "full":
+        console.print(
+            f"{chosen.source} does not tell whether another module shares {bare[0]!r}, which was trained; if "
+            "one does, export a full checkpoint, or call export_peft(model, ...)."
+        )
+
+
+def _trained_modules(
+    adapters: dict[str, Any], trained: dict[str, Tensor], state: dict[str, Tensor]
+) -> list[str]:
+    """Modules that hold what was trained, and those that share a tensor with them, which a file shows."""
+    places = {(t.data_ptr(), t.shape): name for name, t in trained.items()}
+    heads: dict[str, None] = {}
+    for name, t in state.items():
+        one = name if name in trained else places.get((t.data_ptr(), t.shape))
+        if one is None:
+            continue
+        head = name.rpartition(".")[0]
+        if not head or any(f"{adapted}.".startswith(f"{head}.") for adapted in adapters):
+            raise ValueError(
+                f"module {head!r} is adapted, or holds what is, and its {name.rpartition('.')[2]} was trained"
+                f"{f' as {one!r}' if one != name else ''}; PEFT has no place for that."
+            )
+        heads[head] = None
+    return list(heads)
 
 
 def _within(path: str, named: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ INSIDE = {
     ),
     "storage": (
         ("merging", "peft"),
-        ("adapter_files", "checkpoint"),
-        ("placing",),
+        ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
+        ("placing", "low_rank"),
         ("restoring",),
         ("manifest", "fingerprints"),
     ),

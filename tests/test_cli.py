@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -93,6 +94,93 @@ def test_export_for_the_model_inside(tmp_path):
     torch.testing.assert_close(loaded.eval()(x), model.eval().body(x), atol=1e-5, rtol=1e-4)
 
 
+class TiedToy(Toy):
+    """The head shares its weight with the layer that comes first."""
+
+    def build(self):
+        super().build()
+        self.first = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 6, bias=False)
+        self.head.weight = self.first.weight
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+def tied_checkpoint(tmp_path, **options):
+    torch.manual_seed(4)
+    base = TiedToy()
+    model = copy.deepcopy(base)
+    run = trainer(callback(**{"target_modules": ["body.0"], "trainable_modules": ["head"], **options}))
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / "tied.ckpt")
+    return base, model, tmp_path / "tied.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_weight_in_a_checkpoint_is_exported_under_both_names(tmp_path):
+    base, model, path = tied_checkpoint(tmp_path)
+    assert main(["export", str(path), str(tmp_path / "peft")]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert sorted(config["modules_to_save"]) == ["first", "head"]
+    loaded = peft.PeftModel.from_pretrained(nn.ModuleDict(dict(base.named_children())), tmp_path / "peft")
+    inner, x = loaded.eval().base_model.model, torch.randn(5, 6)
+    got = inner["head"](inner["body"](inner["first"](x)))
+    torch.testing.assert_close(got, model.eval()(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_cannot_tell_what_is_tied_says_so(tmp_path, capsys):
+    """Of a weight that may be an embedding's, not of a head with a bias."""
+    _, model, _ = tied_checkpoint(tmp_path)
+    save_adapter(model, tmp_path / "folder")
+    assert main(["export", str(tmp_path / "folder"), str(tmp_path / "peft")]) == 0
+    assert "does not tell whether another module shares 'head.weight'" in capsys.readouterr().out
+    _, _, path = checkpoint(tmp_path, "adapter")
+    assert main(["export", str(path), str(tmp_path / "other")]) == 0
+    assert "does not tell" not in capsys.readouterr().out
+
+
+def test_a_tied_weight_that_is_adapted_under_its_other_name_is_refused(tmp_path, capsys):
+    _, _, path = tied_checkpoint(tmp_path, target_modules=["body.0", "first"])
+    assert main(["export", str(path), str(tmp_path / "peft")]) == 2
+    assert "PEFT has no place for that" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["full", "adapter"])
+def test_targets_are_full_names_in_a_list_where_what_the_file_tells_allows_it(tmp_path, source: str):
+    _, _, path = checkpoint(tmp_path, source)
+    assert main(["export", str(path), str(tmp_path / "peft")]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["body.0", "body.2"]
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"]["sub.body.0.weight"] = torch.zeros(2)
+    torch.save(saved, path)
+    assert main(["export", str(path), str(tmp_path / "peft")]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["target_modules"] == r"body\.0|body\.2"
+
+
+@pytest.mark.parametrize("max_rank", [1, 3, 4])
+def test_max_rank_is_kept_and_its_error_printed(tmp_path, capsys, max_rank: int):
+    _, model, path = checkpoint(tmp_path, "full")
+    capsys.readouterr()
+    assert main(["export", str(path), str(tmp_path / "peft"), "--max-rank", str(max_rank)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    if max_rank == 4:
+        assert said == "max_rank=4: no layer is above it; the export is exact.\n"
+        return
+    updates = [module.delta_weight().detach().double() for _, module in named_adapters(model)]
+    lost = [torch.linalg.svdvals(update)[max_rank:].norm() for update in updates]
+    overall = torch.stack(lost).norm() / torch.stack([update.norm() for update in updates]).norm()
+    worst = max(loss / update.norm() for loss, update in zip(lost, updates, strict=True))
+    numbers = [float(word) for word in said.replace(",", "").split() if "e-" in word]
+    assert numbers == pytest.approx([overall.item(), worst.item()], rel=6e-3)
+
+
 def test_show_tells_what_is_there(tmp_path, capsys):
     _, model, path = checkpoint(tmp_path, "full")
     save_adapter(model, tmp_path / "folder")
@@ -113,6 +201,10 @@ def test_show_tells_what_is_there(tmp_path, capsys):
         (["merge", "{tmp}/broken.ckpt", "{tmp}/out"], "is damaged or not a checkpoint"),
         (["merge", "{tmp}/plain.ckpt", "{tmp}/out"], "was not made with UORACallback"),
         (["export", "{tmp}/full.ckpt", "{tmp}/out", "--format", "vera"], "has other projections"),
+        (
+            ["export", "{tmp}/full.ckpt", "{tmp}/out", "--format", "vera", "--max-rank", "2"],
+            "max_rank=2 is not allowed",
+        ),
         (["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "no.such:Thing"], "No module named 'no'"),
         (
             ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys:Thing"],

@@ -201,11 +201,11 @@ def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
-    """(module name, adapted module) in model order.
+    """(module name, adapted module) in model order; names are without what wrappers add.
 
     Each module has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
     """
-    yield from adapted_modules(model)
+    yield from ((name, m) for name, m in named_modules(model).items() if isinstance(m, AdaptedModule))
 
 
 def param_groups(

@@ -9,11 +9,13 @@ from lightning_uora.storage.checkpoint import (
 )
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton
 from lightning_uora.storage.peft import export_peft, write_peft
+from lightning_uora.storage.peft_names import known_targets
 
 __all__ = [
     "CheckpointHooks",
     "detached_state",
     "export_peft",
+    "known_targets",
     "load_adapter",
     "load_from_checkpoint",
     "merge_state",

@@ -1,26 +1,38 @@
 """Export to Hugging Face PEFT: LoRA, exact for any mixture of shapes; VeRA where A and B are shared.
 
-LoRA: ``lora_A = diag(d) A``, ``lora_B = diag(b) B``, ``lora_alpha = r``; no decomposition, no rounding beyond
-float32. VeRA: the vectors and, in the same file, A and B themselves.
+LoRA: ``lora_A = diag(d) A``, ``lora_B = diag(b) B``, ``lora_alpha = r``; no rounding beyond float32, and no
+decomposition unless ``max_rank`` asks for one. VeRA: the vectors and, in the same file, A and B themselves.
 """
 
 from __future__ import annotations
 
-import re
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters import AdaptedModule, facts, named_adapters, trained_names
+from lightning_uora.adapters import AdaptedModule, facts, named_adapters, plain, trained_names
 from lightning_uora.distributed import is_sharded
 from lightning_uora.storage.adapter_files import write_folder
+from lightning_uora.storage.low_rank import Loss
+from lightning_uora.storage.peft_formats import USE_MERGE, lora, require_told_apart, vera
+from lightning_uora.storage.peft_names import (
+    HEADS,
+    known_targets,
+    model_facts,
+    saved_whole,
+    shortest_targets,
+    task_type,
+    topmost,
+    version_fact,
+)
 
-__all__ = ["export_peft"]
+__all__ = ["export_peft", "write_peft"]
 
-USE_MERGE = "detach_uora(model, merge=True) keeps it exactly"
+NOTABLE = 1e-3
+"""Relative error of a layer's update from which an export warns."""
 
 
 def export_peft(
@@ -28,8 +40,12 @@ def export_peft(
     directory: str | Path,
     format: Literal["lora", "vera"] = "lora",
     base_model_name_or_path: str | None = None,
+    max_rank: int | None = None,
 ) -> None:
     """Write a folder that ``peft.PeftModel.from_pretrained(base, directory)`` loads with equal outputs.
+
+    So does ``AutoPeftModelForCausalLM.from_pretrained(directory)``, or the class for the model's task, if
+    the base can be loaded by its name.
 
     Args:
         model: An adapted model, or the part of one that will be the base there (``lightning_module.model``).
@@ -39,24 +55,47 @@ def export_peft(
             (``share="model"``, one shape).
         base_model_name_or_path: Written into the configuration; default: what a transformers model calls
             itself.
+        max_rank: For ``"lora"``: layers with a higher rank are replaced by their best approximation of this
+            rank. That is exact where the layer has no more inputs or outputs. Else the relative error of the
+            updates is warned about if it is above 1e-3 in any layer, and logged if not. None: exact.
 
     Raises:
         ValueError: The model is not adapted or not calibrated, or holds what the format cannot say exactly;
-            the module is named, and what to do instead.
+            the module is named, and what to do instead. ``max_rank`` is not a positive number, or is given
+            for ``"vera"``.
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
     """
     adapters = dict(named_adapters(model))
     if not adapters:
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")
+    if "" in adapters:
+        raise ValueError(
+            "model is itself the adapted module; PEFT adapts what is inside, so export its parent."
+        )
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     if is_sharded(model):
         raise ValueError("model is sharded; save a checkpoint and export that file with `uora export`.")
-    layers = {name: facts(module) for name, module in adapters.items()}
-    heads = _heads(model, adapters)
-    trained = {f"{head}.{k}": v for head in heads for k, v in model.get_submodule(head).state_dict().items()}
-    write_peft(adapters, layers, heads, trained, directory, format, base_model_name_or_path)
+    task, saved = _task_and_saved(model, adapters)
+    left = {name: module for name, module in adapters.items() if not _inside(name, saved)}
+    _require_one_place(model, left)
+    loss = write_peft(
+        left,
+        {name: facts(module) for name, module in left.items()},
+        saved,
+        {name: value for head in saved for name, value in _whole_state(model, head).items()},
+        directory,
+        format,
+        base_model_name_or_path,
+        max_rank,
+        shortest_targets(left, [plain(name) for name, _ in model.named_modules()]),
+        model_facts(model, task),
+    )
+    if loss is not None and loss.worst > NOTABLE:
+        warnings.warn(str(loss), stacklevel=2)
+    elif loss is not None:
+        logging.getLogger(__name__).info(str(loss))
 
 
 def write_peft(
@@ -67,124 +106,144 @@ def write_peft(
     directory: str | Path,
     format: str,
     base_model_name_or_path: str | None,
-) -> None:
-    """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on."""
+    max_rank: int | None = None,
+    targets: list[str] | str | None = None,
+    about: dict[str, object] | None = None,
+) -> Loss | None:
+    """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on.
+
+    Args:
+        adapters: Of a model or of a skeleton, by name.
+        layers: The facts of each.
+        heads: Modules that are saved whole.
+        trained: Their tensors.
+        directory: Made if it does not exist.
+        format: As for :func:`export_peft`, like ``max_rank``.
+        base_model_name_or_path: Written as it is.
+        max_rank: Of the factors.
+        targets: PEFT's ``target_modules``; None: from the names that are known here.
+        about: What the configuration tells of the model: ``task_type`` and ``auto_mapping``.
+
+    Returns:
+        What ``max_rank`` loses; None without it.
+    """
     if format not in ("lora", "vera"):
         raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
+    if max_rank is not None and (format == "vera" or max_rank < 1):
+        raise ValueError(f"max_rank={max_rank} is not allowed; it is a positive number, for format='lora'.")
+    require_told_apart(heads, format)
     for module in adapters.values():
         module._uora.owner.require_calibrated("an export")
-    tensors, settings = (_lora if format == "lora" else _vera)(adapters, layers)
+    if format == "vera":
+        tensors, settings, loss = *vera(adapters, layers), None
+    else:
+        tensors, settings, loss = lora(adapters, layers, max_rank)
     config = {
+        **(about or {"task_type": None}),
+        **version_fact(),
         "base_model_name_or_path": base_model_name_or_path,
         "bias": "none",
         "fan_in_fan_out": any(part[4] for layer in layers.values() for part in layer["parts"]),
         "inference_mode": True,
-        "modules_to_save": heads or None,
-        "target_modules": "|".join(re.escape(name) for name in adapters),
-        "task_type": None,
+        "modules_to_save": topmost(heads) or None,
+        "target_modules": known_targets(adapters, heads) if targets is None else targets,
         **settings,
     }
     tensors |= {f"base_model.model.{name}": value for name, value in trained.items()}
-    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_folder(directory, "adapter_model.safetensors", kept, "adapter_config.json", lambda _: config)
+    write_folder(
+        directory, "adapter_model.safetensors", _apart(tensors), "adapter_config.json", lambda _: config
+    )
+    return loss
 
 
-def _lora(
-    adapters: dict[str, AdaptedModule], layers: dict[str, dict[str, Any]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    for name, module in adapters.items():
-        A, B, d, b = _factors(name, module, layers[name])
-        kernel = layers[name]["kernel"]
-        down, up = d[:, None] * A, b[:, None] * B
-        if kernel:
-            down, up = down.reshape(len(d), -1, *kernel), up.reshape(*up.shape, *(1 for _ in kernel))
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up
-    rank = next(iter(adapters.values())).uora_d.numel()
-    return tensors, {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own, which is what safetensors writes: tied weights share theirs."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, t in tensors.items():
+        kept = t.detach().cpu().contiguous()
+        pointer = kept.untyped_storage().data_ptr()
+        apart[name] = kept.clone() if pointer in seen else kept
+        seen.add(pointer)
+    return apart
 
 
-# Note [Two names for saved projections]
-# PEFT 0.21 reads base_model.vera_A; 0.19 and 0.20 ignore that name in silence and read
-# base_model.vera_A.default. Both are written.
+def _task_and_saved(model: nn.Module, adapters: dict[str, AdaptedModule]) -> tuple[str | None, list[str]]:
+    """PEFT's task, and all modules that it will load whole: what was trained, and heads that the task adds.
+
+    One that is adapted too is saved with its update merged. The task is dropped where nothing else is
+    adapted, because PEFT needs one layer with LoRA.
+    """
+    heads = _heads(model)
+    for task in (task_type(model), None):
+        saved = saved_whole(model, [*heads, *HEADS.get(task, ())])
+        if not all(_inside(name, saved) for name in adapters):
+            return task, saved
+    raise ValueError(
+        f"modules {next(iter(adapters))!r} and {heads[0]!r} share a trained weight and nothing else is "
+        f"adapted, which PEFT's format cannot say; {USE_MERGE}."
+    )
 
 
-def _vera(
-    adapters: dict[str, AdaptedModule], layers: dict[str, dict[str, Any]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    shared: list[Tensor] = []
-    for name, module in adapters.items():
-        if layers[name]["kernel"]:
-            raise ValueError(
-                f"module {name!r} is a convolution, which PEFT's VeRA does not know; use format='lora'."
-            )
-        A, B, d, b = _factors(name, module, layers[name])
-        if shared and not (_same(shared[0], A) and _same(shared[1], B)):
-            raise ValueError(
-                f"module {name!r} has other projections than those before it (another shape, or rows "
-                "refreshed for one layer), and VeRA knows one A and one B; use format='lora'."
-            )
-        shared = [A, B]
-        tensors[f"base_model.model.{name}.vera_lambda_d"] = d
-        tensors[f"base_model.model.{name}.vera_lambda_b"] = b
-    for side, projection in zip("AB", shared, strict=True):  # see Note [Two names for saved projections]
-        tensors[f"base_model.vera_{side}"] = projection
-        tensors[f"base_model.vera_{side}.default"] = projection.clone()
-    rank = shared[0].shape[0]
-    return tensors, {"peft_type": "VERA", "r": rank, "save_projection": True, "projection_prng_key": 0}
+def _inside(name: str, modules: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and torch.equal(one, two)
+def _whole_state(model: nn.Module, head: str) -> dict[str, Tensor]:
+    """A module's state under its names in the model, as it would be without adapters: merged."""
+    module = model.get_submodule(head)
+    state = {
+        f"{head}.{name}": value
+        for name, value in module.state_dict().items()
+        if name.rpartition(".")[2] not in ("uora_d", "uora_b")
+    }
+    for name, adapted in named_adapters(module):
+        for part, (_, weight) in zip(adapted.adapted_parts, adapted.merged_weights(), strict=True):
+            state[".".join(piece for piece in (head, name, part.name) if piece)] = weight
+    return state
 
 
-def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[Tensor, ...]:
-    """float32 A, B, d, b of a module that PEFT can say exactly."""
-    kind = layer["kind"]
-    if layer["parts"][0][0] != "weight" or kind == "NonDynamicallyQuantizableLinear":
-        raise ValueError(
-            f"module {name!r} ({kind}) is fused attention, which PEFT's format lacks; {USE_MERGE}."
-        )
-    if not layer["product"]:
-        raise ValueError(
-            f"module {name!r} ({kind}) computes more than a product, PEFT would not; {USE_MERGE}."
-        )
-    if not layer["direct"]:
-        raise ValueError(
-            f"module {name!r} is a grouped, dilated or non-zero-padded convolution, which PEFT's LoRA does "
-            f"not compute exactly; {USE_MERGE}."
-        )
-    tensors = module._uora_tensors(module.adapted_parts[0].n)
-    return tuple(t.detach().float() for t in tensors)
+def _require_one_place(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
+    """Raise for an adapted module that stands in two places: PEFT would replace it in the first alone."""
+    first = {id(module): name for name, module in adapters.items()}
+    for path, parent in model.named_modules():
+        for child, module in parent._modules.items():
+            name = f"{path}.{child}" if path else child
+            if first.get(id(module), name) != name:
+                raise ValueError(
+                    f"modules {first[id(module)]!r} and {name!r} are one adapted module, and PEFT would "
+                    f"adapt only the first; {USE_MERGE}."
+                )
 
 
-def _heads(model: nn.Module, adapters: dict[str, AdaptedModule]) -> list[str]:
-    """Modules that were trained whole. Raises for trained parameters that have no place in PEFT's format."""
-    heads: list[str] = []
-    trained = trained_names(model)
-    ids = {id(p) for p in trained.values()}
-    for name in trained:
-        owner = name.rpartition(".")[0]
-        whole = owner and all(id(p) in ids for p in model.get_submodule(owner).parameters())
-        if owner in adapters or not whole:
+def _heads(model: nn.Module) -> list[str]:
+    """Modules that were trained whole, and all that share a weight with them, under all their names.
+
+    Raises for trained parameters that have no place in PEFT's format. Parameters are told by identity.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(plain(name))
+    heads: dict[str, None] = {}
+    found = trained_names(model)
+    trained = {id(parameter) for parameter in found.values()}
+    for name, parameter in found.items():
+        of = owners[id(parameter)]
+        if not all(of) or not any(_is_whole(model.get_submodule(owner), trained) for owner in of):
             raise ValueError(
                 f"{name} was trained by itself, and PEFT's format has no place for it; {USE_MERGE}."
             )
-        if owner not in heads:
-            heads.append(owner)
-    names = [name for name, _ in model.named_modules()]
-    for head in heads:
-        others = [name for name in names if name.endswith(head) and name != head]
-        if others:
-            raise ValueError(
-                f"PEFT would take {others[0]!r} for the trained module {head!r} too; {USE_MERGE}."
-            )
+        heads |= dict.fromkeys(of)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         warnings.warn(
             "PEFT's format has no place for BatchNorm statistics; if training moved them, outputs will "
             "differ.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return heads
+    return list(heads)
+
+
+def _is_whole(module: nn.Module, trained: set[int]) -> bool:
+    """Whether all of a module was trained, and it has no adapter."""
+    return not isinstance(module, AdaptedModule) and all(id(p) in trained for p in module.parameters())

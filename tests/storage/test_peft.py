@@ -5,6 +5,9 @@ refused.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import json
+import re
 
 import peft
 import pytest
@@ -22,6 +25,7 @@ from lightning_uora import (
     named_adapters,
     refresh,
 )
+from lightning_uora.storage.peft_names import known_targets, shortest_targets, task_type
 from tests import families
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -106,6 +110,26 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Chain(nn.Sequential):
+    """Some module again at the end, the same object."""
+
+    def __init__(self, *modules: nn.Module, first: int) -> None:
+        super().__init__(*modules, modules[first])
+
+
+class Tied(nn.Module):
+    """Two Linears that share their weight, and one between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.between, self.write = nn.Linear(6, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.write.weight = self.read.weight
+
+    def forward(self, x):
+        return self.write(self.between(self.read(x)).tanh())
+
+
+OUT = {"target_modules": ["body"], "trainable_modules": ["out"], "share": "model"}
 REFUSED = {
     "several widths": (
         lambda: trained(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4)), target_modules="all", share="model"),
@@ -153,6 +177,31 @@ REFUSED = {
         "format='loha' is not allowed",
     ),
     "no adapter": (lambda: nn.Linear(3, 3), "lora", "holds no adapter"),
+    "adapted itself": (
+        lambda: trained(nn.Linear(3, 3), target_modules="all", trainable_modules=()),
+        "lora",
+        "model is itself the adapted module",
+    ),
+    "one module in two places": (
+        lambda: trained(Chain(nn.Linear(5, 5), nn.Tanh(), first=0), target_modules="all"),
+        "lora",
+        "modules '0' and '2' are one adapted module",
+    ),
+    "a name that PEFT has itself": (
+        lambda: trained(nn.ModuleDict({"body": nn.Linear(5, 5), "out": nn.Linear(5, 3)}), **OUT),
+        "lora",
+        "PEFT would take its own 'lora_dropout' for the trained module 'out'",
+    ),
+    "a name that PEFT has itself, as vera": (
+        lambda: trained(nn.ModuleDict({"body": nn.Linear(5, 5), "out": nn.Linear(5, 3)}), **OUT),
+        "vera",
+        "PEFT would take its own 'vera_dropout' for the trained module 'out'",
+    ),
+    "a trained weight shared with all that is adapted": (
+        lambda: trained(Tied(), target_modules=["write"], trainable_modules=["read"]),
+        "lora",
+        "modules 'write' and 'read' share a trained weight",
+    ),
 }
 
 
@@ -176,3 +225,280 @@ def test_batchnorm_statistics_are_warned_about(tmp_path):
     model = trained(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), target_modules="all")
     with pytest.warns(UserWarning, match="no place for BatchNorm statistics"):
         export_peft(model, tmp_path)
+
+
+T5 = {**families.SEQ2SEQ["T5"], "decoder_start_token_id": 0}
+GPT2 = {**families.TEXT["GPT2"], "pad_token_id": 0}
+ADAPTED_HEAD = {"target_modules": ["classifier", "query"], "trainable_modules": ()}
+AUTO = [
+    ("LlamaForCausalLM", families.LLAMA, {}, "ForCausalLM", "CAUSAL_LM"),
+    ("GPT2LMHeadModel", GPT2, {}, "ForCausalLM", "CAUSAL_LM"),
+    ("T5ForConditionalGeneration", T5, {}, "ForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    ("LlamaForSequenceClassification", families.LLAMA, {}, "ForSequenceClassification", "SEQ_CLS"),
+    ("BertForSequenceClassification", families.BERT, {}, "ForSequenceClassification", "SEQ_CLS"),
+    ("RobertaForSequenceClassification", families.BERT, {}, "ForSequenceClassification", "SEQ_CLS"),
+    (
+        "DistilBertForSequenceClassification",
+        families.TEXT["DistilBert"],
+        {},
+        "ForSequenceClassification",
+        "SEQ_CLS",
+    ),
+    ("GPT2ForTokenClassification", GPT2, {}, "ForTokenClassification", "TOKEN_CLS"),
+    ("BertForQuestionAnswering", families.BERT, {}, "ForQuestionAnswering", "QUESTION_ANS"),
+    ("BertModel", families.BERT, {}, "ForFeatureExtraction", None),
+    ("BertModel", families.BERT, {}, "", None),
+    ("ViTForImageClassification", families.IMAGE, {}, "", None),
+]
+AUTO += [(name, options, {"trainable_modules": ()}, auto, task) for name, options, _, auto, task in AUTO[3:9]]
+AUTO += [
+    (
+        "BertForSequenceClassification",
+        families.BERT,
+        {"target_modules": ["classifier", "query"]},
+        *AUTO[4][3:],
+    ),
+    (
+        "BertForSequenceClassification",
+        families.BERT,
+        {**ADAPTED_HEAD, "target_modules": "classifier"},
+        "",
+        None,
+    ),
+]
+
+
+def run_transformer(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What a model computes from tokens, or from an image."""
+    if model.main_input_name == "pixel_values":
+        return model(pixel_values=torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).logits
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    found = model(input_ids=ids, **decoder)
+    return next(found[key] for key in ("logits", "start_logits", "last_hidden_state") if key in found)
+
+
+@pytest.mark.parametrize(("name", "options", "uora", "auto", "task"), AUTO)
+def test_auto_peft_finds_the_base_and_computes_the_same(tmp_path, name, options, uora, auto, task):
+    """Also where the task makes PEFT load a head that was not trained, or was adapted."""
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**options)).save_pretrained(tmp_path / "base")
+    base = cls.from_pretrained(tmp_path / "base").eval()
+    model = trained(cls.from_pretrained(tmp_path / "base"), **{"target_modules": "all-linear", **uora})
+    ids = torch.randint(3, 50, (2, 6))
+    check(base, model, lambda m: run_transformer(m, ids), tmp_path / "peft", "lora")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["task_type"] == task
+    loaded = getattr(peft, f"AutoPeftModel{auto}").from_pretrained(tmp_path / "peft").eval()
+    with torch.no_grad():
+        want, got = run_transformer(model, ids), run_transformer(loaded, ids)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+class ForCausalLM(nn.Module):
+    """Not of transformers, whatever it is called."""
+
+    main_input_name = "input_ids"
+
+    def generate(self) -> None:
+        pass
+
+
+class Mine(transformers.LlamaForCausalLM):
+    """Somebody's own, by inheritance."""
+
+
+def small_llava() -> nn.Module:
+    text, image = transformers.LlamaConfig(**families.LLAMA), transformers.CLIPVisionConfig(**families.IMAGE)
+    config = transformers.LlavaConfig(text_config=text, vision_config=image, image_token_index=3)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+TASKS = {
+    "by inheritance": (lambda: Mine(transformers.LlamaConfig(**families.LLAMA)), "CAUSAL_LM"),
+    "the decoder of a pair": (
+        lambda: transformers.BartForCausalLM(transformers.BartConfig(**families.SEQ2SEQ["Bart"])),
+        "CAUSAL_LM",
+    ),
+    "generates from images, without an encoder of text": (small_llava, None),
+    "from sound": (
+        lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(**families.SEQ2SEQ["Bart"], max_source_positions=8, pad_token_id=0)
+        ),
+        None,
+    ),
+    "fills gaps": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**families.BERT)), None),
+    "a name alone": (ForCausalLM, None),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_task_is_told_only_where_peft_has_a_class_that_runs_the_model(kind: str):
+    make, task = TASKS[kind]
+    assert task_type(make()) == task
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_the_configuration_tells_of_the_model_what_peft_tells(tmp_path, task: str | None):
+    cls = transformers.LlamaForCausalLM if task else transformers.LlamaModel
+    base = cls(transformers.LlamaConfig(**families.LLAMA))
+    theirs = peft.LoraConfig(target_modules=["q_proj"], task_type=task)
+    peft.get_peft_model(copy.deepcopy(base), theirs).save_pretrained(tmp_path / "theirs")
+    export_peft(trained(base, target_modules=["q_proj"]), tmp_path / "ours")
+    want, got = (
+        json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")
+    )
+    for key in ("task_type", "auto_mapping", "peft_version", "target_modules", "modules_to_save", "bias"):
+        assert got.get(key) == want.get(key), key
+    assert set(got) <= set(want)
+
+
+@pytest.mark.parametrize(
+    ("installed", "written"), [("0.17.1", None), ("0.18.0", "0.18.0"), ("1.0.0", "1.0.0")]
+)
+def test_the_version_of_peft_is_written_from_the_one_on_that_writes_it(
+    tmp_path, monkeypatch, installed, written
+):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: installed)
+    export_peft(trained(nn.Sequential(nn.Linear(5, 5)), target_modules="all"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config.get("peft_version") == written
+
+
+def test_without_peft_no_version_is_written(tmp_path, monkeypatch):
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    export_peft(trained(nn.Sequential(nn.Linear(5, 5)), target_modules="all"), tmp_path)
+    assert "peft_version" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def matched(targets: list[str] | str, names: list[str]) -> set[str]:
+    """Names that PEFT takes for ``target_modules``, by its rule written out."""
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)}
+
+
+NAMES = ["a", "a.proj", "a.out", "b", "b.proj", "b.out", "c", "c.a", "c.a.proj", "c.a.out", "proj", "axproj"]
+
+
+@pytest.mark.parametrize(
+    ("adapted", "want"),
+    [
+        (["a.proj", "b.proj", "c.a.proj", "proj"], ["proj"]),
+        (["a.out", "b.out", "c.a.out"], ["out"]),
+        (["b.proj", "b.out"], ["b.proj", "b.out"]),
+        (["c.a.proj"], ["c.a.proj"]),
+        (["a.proj", "c.a.proj"], ["a.proj"]),
+        (["a.out", "b.out"], r"a\.out|b\.out"),
+        (["proj"], "proj"),
+        (["a.proj"], r"a\.proj"),
+        (["b.out", "c.a.out", "a.out", "b.proj"], ["out", "b.proj"]),
+        (["axproj", "c"], ["axproj", "c"]),
+    ],
+)
+def test_targets_are_the_shortest_endings_that_only_the_adapted_modules_have(adapted, want):
+    targets = shortest_targets(adapted, NAMES)
+    assert targets == want
+    assert matched(targets, NAMES) == set(adapted)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_targets_match_what_is_adapted_and_no_ending_could_be_shorter(seed: int):
+    """Any half of the modules of a model: literally PEFT's rule, and each entry tried one part shorter."""
+    names = [name for name, _ in families.transformers_model("T5")[0].named_modules() if name]
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    adapted = [names[i] for i in sorted(order[: len(names) // 2 if seed % 2 else 3])]
+    targets = shortest_targets(adapted, names)
+    assert matched(targets, names) == set(adapted)
+    for target in targets if isinstance(targets, list) else []:
+        shorter = target.partition(".")[2]
+        assert not shorter or not matched([shorter], names) <= set(adapted)
+
+
+def test_a_model_whose_names_no_list_can_tell_is_loaded_by_an_expression(tmp_path):
+    base = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5), nn.Tanh()), nn.Linear(5, 3))
+    model = trained(copy.deepcopy(base), target_modules=["re:0"], trainable_modules=())
+    x = torch.randn(3, 5)
+    check(base, model, lambda m: m(x), tmp_path, "lora")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("adapted", "known", "want"),
+    [
+        (["a.q", "b.q"], ["a", "b", "a.q", "b.q", "head"], ["a.q", "b.q"]),
+        (["a.q", "b.q"], ["a.q", "b.q", "c.a.q"], r"a\.q|b\.q"),
+        (["a.q", "0"], ["a.q", "0"], r"a\.q|0"),
+    ],
+)
+def test_without_a_model_full_names_are_listed_where_nothing_known_ends_with_them(adapted, known, want):
+    assert known_targets(adapted, known) == want
+
+
+TIED = [
+    ("LlamaForCausalLM", {**families.LLAMA, "tie_word_embeddings": True}, "embed_tokens", ["q_proj"]),
+    (
+        "LlamaForCausalLM",
+        {**families.LLAMA, "tie_word_embeddings": True},
+        "embed_tokens",
+        ["q_proj", "lm_head"],
+    ),
+    ("LlamaForCausalLM", {**families.LLAMA, "tie_word_embeddings": True}, (), ["lm_head"]),
+    ("GPT2LMHeadModel", GPT2, "wte", ["c_attn"]),
+    ("T5ForConditionalGeneration", T5, "shared", ["q", "v"]),
+    ("BertForMaskedLM", families.BERT, "word_embeddings", ["query"]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "train", "targets"), TIED)
+def test_a_weight_with_several_names_is_exported_under_all_of_them(tmp_path, name, options, train, targets):
+    cls = getattr(transformers, name)
+    base = cls(cls.config_class(**options)).eval()
+    model = trained(copy.deepcopy(base), target_modules=targets, trainable_modules=train)
+    ids = torch.randint(3, 50, (2, 6))
+    check(base, model, lambda m: run_transformer(m, ids), tmp_path, "lora")
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] or []
+    embedding = base.get_input_embeddings().weight
+    tied = [n for n, m in base.named_modules(remove_duplicate=False) if getattr(m, "weight", 0) is embedding]
+    assert len(tied) > 1
+    assert saved == (tied if train else [])
+
+
+@pytest.mark.parametrize(
+    ("train", "targets"),
+    [
+        (["read"], ["between"]),
+        (["read"], ["between", "write"]),
+        ((), ["read", "between"]),
+        ((), ["write"]),
+    ],
+)
+def test_linears_that_share_a_weight_compute_the_same_in_peft(tmp_path, train, targets):
+    """Trained under one name, adapted under the other, or both at once."""
+    base, x = Tied(), torch.randn(3, 6)
+    model = trained(copy.deepcopy(base), target_modules=targets, trainable_modules=train)
+    check(base, model, lambda m: m(x), tmp_path, "lora")
+
+
+def test_a_module_under_two_names_of_one_parent_is_exported(tmp_path):
+    base, x = Chain(nn.Sequential(nn.Linear(5, 5)), nn.Tanh(), first=0), torch.randn(3, 5)
+    model = trained(copy.deepcopy(base), target_modules="all", trainable_modules=())
+    check(base, model, lambda m: m(x), tmp_path, "lora")
+
+
+def test_modules_whose_names_end_like_a_trained_one_are_saved_as_they_are(tmp_path):
+    """PEFT takes them for trained: plain ones, adapted ones, and those around other modules."""
+    base = nn.Sequential()
+    for name in ("body", "subhead", "overhead", "head"):
+        base.add_module(name, nn.Linear(5, 5))
+    base.forehead = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
+    model = trained(
+        copy.deepcopy(base), target_modules=["body", "overhead", "forehead.2"], trainable_modules=["re:head"]
+    )
+    x = torch.randn(3, 5)
+    check(base, model, lambda m: m(x), tmp_path, "lora")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["subhead", "overhead", "head", "forehead"]
+    assert config["target_modules"] == ["body"]

@@ -1,0 +1,141 @@
+"""Adapters in PEFT's formats, LoRA and VeRA: their tensors and the settings that go with them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_uora.adapters import AdaptedModule
+from lightning_uora.storage.low_rank import Loss, norm_squared, shorten
+
+__all__ = ["USE_MERGE", "lora", "require_told_apart", "vera"]
+
+USE_MERGE = "detach_uora(model, merge=True) keeps it exactly"
+SERVED = 512
+"""The highest rank of LoRA that vLLM takes."""
+OWN_NAMES = {
+    "lora": ("dropout", "A", "B", "embedding_A", "embedding_B", "magnitude_vector"),
+    "vera": ("dropout", "A", "B", "lambda_d", "lambda_b"),
+}
+"""Of the modules that PEFT puts into an adapted one, after ``lora_`` and ``vera_``."""
+
+
+def require_told_apart(heads: list[str], format: str) -> None:
+    """Raise where PEFT, which goes by how names end, takes a part of its adapters for a trained module."""
+    own = ("base_layer", "default", *(f"{format}_{name}" for name in OWN_NAMES[format]))
+    for head in heads:
+        same = next((name for name in own if name.endswith(head)), None)
+        if same is not None:
+            raise ValueError(
+                f"PEFT would take its own {same!r} for the trained module {head!r}, because the names end "
+                f"alike; rename the module, or {USE_MERGE}."
+            )
+
+
+def lora(
+    adapters: dict[str, AdaptedModule], layers: dict[str, dict[str, Any]], max_rank: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any], Loss | None]:
+    """Tensors, settings, and what ``max_rank`` loses. Scaling is 1 in every layer: alpha is its rank."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    squares: dict[str, tuple[float, float]] = {}
+    for name, module in adapters.items():
+        A, B, d, b = _factors(name, module, layers[name])
+        down, up = d[:, None] * A, b[:, None] * B
+        if max_rank is not None:
+            up, down, squares[name] = _at_most(max_rank, name, up, down)
+        ranks[name] = len(down)
+        kernel = layers[name]["kernel"]
+        if kernel:
+            down, up = down.reshape(len(down), -1, *kernel), up.reshape(*up.shape, *(1 for _ in kernel))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+    rank = max(ranks.values())
+    if max_rank is None and rank > SERVED:
+        warnings.warn(
+            f"the exported LoRA has rank {rank}, and vLLM takes at most {SERVED}; max_rank={SERVED} (`uora "
+            f"export --max-rank {SERVED}`) writes the best approximation and tells its error.",
+            stacklevel=4,
+        )
+    own = {f"^{re.escape(name)}": size for name, size in ranks.items() if size != rank}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+    patterns = {"rank_pattern": own, "alpha_pattern": own}
+    if max_rank is None:
+        return tensors, {**settings, **patterns}, None
+    full = next(iter(adapters.values())).uora_d.numel()
+    shorter = sum(size < full for size in ranks.values())
+    return tensors, {**settings, **patterns}, Loss.of(max_rank, shorter, squares)
+
+
+def _at_most(
+    max_rank: int, name: str, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Factors of at most that rank, with the squared error and the squared norm of the update."""
+    norm = norm_squared(up, down)
+    if len(down) <= max_rank:
+        return up, down, (0.0, norm)
+    try:
+        up, down, error = shorten(up, down, min(max_rank, up.shape[0], down.shape[1]))
+    except ValueError as reason:
+        raise ValueError(f"module {name!r} cannot get a lower rank: {reason}.") from reason
+    return up, down, (error, norm)
+
+
+# Note [Two names for saved projections]
+# PEFT 0.21 reads base_model.vera_A; 0.19 and 0.20 ignore that name in silence and read
+# base_model.vera_A.default. Both are written.
+
+
+def vera(
+    adapters: dict[str, AdaptedModule], layers: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings. Raises for what has no A and B in common."""
+    tensors: dict[str, Tensor] = {}
+    shared: list[Tensor] = []
+    for name, module in adapters.items():
+        if layers[name]["kernel"]:
+            raise ValueError(
+                f"module {name!r} is a convolution, which PEFT's VeRA does not know; use format='lora'."
+            )
+        A, B, d, b = _factors(name, module, layers[name])
+        if shared and not (_same(shared[0], A) and _same(shared[1], B)):
+            raise ValueError(
+                f"module {name!r} has other projections than those before it (another shape, or rows "
+                "refreshed for one layer), and VeRA knows one A and one B; use format='lora'."
+            )
+        shared = [A, B]
+        tensors[f"base_model.model.{name}.vera_lambda_d"] = d
+        tensors[f"base_model.model.{name}.vera_lambda_b"] = b
+    for side, projection in zip("AB", shared, strict=True):  # see Note [Two names for saved projections]
+        tensors[f"base_model.vera_{side}"] = projection
+        tensors[f"base_model.vera_{side}.default"] = projection.clone()
+    rank = shared[0].shape[0]
+    return tensors, {"peft_type": "VERA", "r": rank, "save_projection": True, "projection_prng_key": 0}
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one, two)
+
+
+def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[Tensor, ...]:
+    """float32 A, B, d, b of a module that PEFT can say exactly."""
+    kind = layer["kind"]
+    if layer["parts"][0][0] != "weight" or kind == "NonDynamicallyQuantizableLinear":
+        raise ValueError(
+            f"module {name!r} ({kind}) is fused attention, which PEFT's format lacks; {USE_MERGE}."
+        )
+    if not layer["product"]:
+        raise ValueError(
+            f"module {name!r} ({kind}) computes more than a product, PEFT would not; {USE_MERGE}."
+        )
+    if not layer["direct"]:
+        raise ValueError(
+            f"module {name!r} is a grouped, dilated or non-zero-padded convolution, which PEFT's LoRA does "
+            f"not compute exactly; {USE_MERGE}."
+        )
+    tensors = module._uora_tensors(module.adapted_parts[0].n)
+    return tuple(t.detach().float() for t in tensors)

@@ -25,8 +25,9 @@ ADAPTABLE = ("first", "conv", "attention", "attention.out_proj", "one", "two", "
 class Mixed(nn.Module):
     """A Linear, a convolution, an attention and two Linears with one weight, side by side under a head."""
 
-    def __init__(self, seed: int = 0, tied: bool = True):
+    def __init__(self, seed: int = 0, tied: bool = True, frozen: Iterable[str] = ()):
         super().__init__()
+        self.frozen = tuple(frozen)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.first = nn.Linear(9, 5)
@@ -35,8 +36,11 @@ class Mixed(nn.Module):
             self.one = nn.Linear(9, 7)
             self.two = nn.Linear(9, 7, bias=False)
             self.head = nn.Linear(31, 2)
-        if tied:
-            self.two.weight = self.one.weight
+        self.two.weight = self.one.weight
+        for name in self.frozen:
+            self.get_submodule(name).requires_grad_(False)
+        if not tied:
+            self.two.weight = nn.Parameter(self.one.weight.detach().clone(), self.one.weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [self.first(x).mean(1), self.conv(x[:, None]).mean((2, 3))]
@@ -64,7 +68,7 @@ def raw(layer: nn.Module) -> nn.Parameter:
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """d and b of every adapted layer by their full names."""
+    """Both vectors of every adapted layer by their full names."""
     return {
         f"{name}.{v}": getattr(layer, v)
         for name, layer in named_adapters(model)
@@ -74,7 +78,7 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def fresh(like: Mixed, config: UORAConfig | None) -> Mixed:
     """Another model of the same make and dtype, with other values; adapted, or plain for None."""
-    other = Mixed(seed=5, tied=is_tied(like))
+    other = Mixed(5, is_tied(like), like.frozen)
     if config is not None:
         attach_uora(other, config)
     return other.to(dtype_of(like))

@@ -53,7 +53,7 @@ from tests.any_order import (
 SOAK = os.environ.get("UORA_ANY_ORDER")
 ORDERS = settings(
     max_examples=int(SOAK or 200),
-    stateful_step_count=40 if SOAK else 14,
+    stateful_step_count=30 if SOAK else 12,
     derandomize=SOAK is None,
     deadline=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),  # to explain takes as long as all the rest

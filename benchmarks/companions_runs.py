@@ -205,7 +205,7 @@ def broken(entry: Entry, folder: Path, adapted: bool) -> Path:
     options = entry.make(folder / "died")
     with contextlib.suppress(RuntimeError):
         trainer(options, folder / "died", adapted, Dies()).fit(made(entry, adapted))
-    (path,) = (folder / "died").rglob("*.ckpt")
+    (path,) = (folder / "died" / "exception").glob("*.ckpt")
     return path
 
 

@@ -1,5 +1,6 @@
 # `make demo`: the main job on real data. `make test`: every check. `make sweep`: every architecture of timm and
-# transformers. `make soak`: the long run, broken at random. Each sets itself up in .venv once.
+# transformers. `make soak`: the long run, broken at random, and 20,000 orders of what is done to a model (hours).
+# Each sets itself up in .venv once.
 # `make test-lowest`: all tests on the lowest versions that pyproject.toml declares, in .venv-lowest.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +29,7 @@ sweep: .venv/.test
 
 soak: .venv/.test
 	$(BIN)/python -m pytest -m soak tests/test_soak.py
+	OMP_NUM_THREADS=1 UORA_ANY_ORDER=20000 $(BIN)/python -m pytest tests/test_any_order.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

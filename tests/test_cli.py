@@ -141,6 +141,7 @@ def test_a_file_that_cannot_tell_what_is_tied_says_so(tmp_path, capsys):
     assert "does not tell" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*is one weight with")
 def test_a_tied_weight_that_is_adapted_under_its_other_name_is_refused(tmp_path, capsys):
     _, _, path = tied_checkpoint(tmp_path, target_modules=["body.0", "first"])
     assert main(["export", str(path), str(tmp_path / "peft")]) == 2

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_uora.adapters.kinds import is_supported
 from lightning_uora.adapters.names import named_parameters
+from lightning_uora.config import PRESETS
 
 __all__ = ["frozen_parts", "passed_by", "tied_beyond"]
 
@@ -25,19 +26,23 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 def frozen_parts(
     modules: dict[str, nn.Module], chosen: set[str], targets: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The largest parts that the user froze and ``chosen`` reaches into; see Note [Frozen by the user]."""
-    asked = {name for name in chosen if name not in targets}
-    frozen = {name for name in asked if _is_frozen(modules[name])}
+) -> tuple[tuple[str, ...], set[str]]:
+    """The largest parts that the user froze and ``chosen`` reaches into, and what it finds there.
+
+    See Note [Frozen by the user].
+    """
+    named = [name for name in chosen if name in targets and name not in PRESETS]
+    frozen = {name for name in chosen if name not in named and _is_frozen(modules[name])}
     if not frozen or len(frozen) == len(chosen):
-        return ()
+        return (), set()
     parts: dict[str, None] = {}
     for name in modules:
         if name in frozen:
             path = name.split(".")
             ends = (".".join(path[:end]) for end in range(1, len(path) + 1))
-            parts[next(end for end in ends if _is_frozen(modules[end]))] = None
-    return tuple(parts)
+            around = (end for end in ends if not any(f"{one}.".startswith(f"{end}.") for one in named))
+            parts[next((end for end in around if _is_frozen(modules[end])), name)] = None
+    return tuple(parts), frozen
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -69,8 +69,8 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         found = _preset(modules, target) if target in PRESETS else _matches(modules, target, "target_modules")
         kept = [name for name in found if name not in excluded and name not in reserved]
         chosen.update(_adaptable(modules, target, kept, found))
-    frozen = frozen_parts(modules, chosen, targets)
-    chosen -= inside(modules, frozen)
+    frozen, there = frozen_parts(modules, chosen, targets)
+    chosen -= there
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)
     new = dict.fromkeys(own.heads + own.others) if config.trainable_modules else {}

@@ -198,8 +198,8 @@ def _whole_state(model: nn.Module, head: str) -> dict[str, Tensor]:
         if name.rpartition(".")[2] not in ("uora_d", "uora_b")
     }
     for name, adapted in named_adapters(module):
-        for part, (_, weight) in zip(adapted.adapted_parts, adapted.merged_weights(), strict=True):
-            state[".".join(piece for piece in (head, name, part.name) if piece)] = weight
+        for part, _, weight in adapted.merged_weights():
+            state[".".join(piece for piece in (head, name, part) if piece)] = weight
     return state
 
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from lightning_uora.adapters import plain
+
 __all__ = ["HEADS", "known_targets", "model_facts", "saved_whole", "shortest_targets", "task_type", "topmost"]
 __all__ += ["version_fact"]
 
@@ -114,7 +116,7 @@ def _expression(names: Iterable[str]) -> str:
 
 def saved_whole(model: nn.Module, endings: Collection[str]) -> list[str]:
     """Modules that PEFT saves and loads whole, under all their names; see Note [How PEFT matches names]."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [plain(name) for name, _ in model.named_modules(remove_duplicate=False)]
     return topmost([name for name in names if name.endswith(tuple(endings))])
 
 

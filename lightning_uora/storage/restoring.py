@@ -175,7 +175,7 @@ def take_projections(one: Attachment, manifest: dict[str, Any], projections: dic
         owner.calibrated = manifest.get("calibrated", False)
         owner.resized = list(manifest.get("resized", ()))
         if set(projections) >= set(manifest["projections"]):
-            owner.set(projections)
+            owner.set({name: projections[name] for name in manifest["projections"]})
         else:
             owner.require_known(projections)
             rebuild_around(one, projections)

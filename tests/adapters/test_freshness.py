@@ -105,7 +105,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("compute", ["merged", "auto"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_forwards_between_optimizer_steps_use_the_present_adapter(kind, compute):
-    """A model in eval mode that trains, with rollouts without gradients between, as reinforcement learning does."""
+    """A model in eval mode that trains, with rollouts without gradients between: reinforcement learning."""
     model, x = adapted("small", compute=compute), torch.randn(4, 7)
     optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad])
 

@@ -133,10 +133,9 @@ class Projections(nn.Module):
     def _copy_on(self, device: torch.device, M: Tensor) -> Tensor:
         if M.device == device:
             return M
-        try:
-            key = (id(M), M.data_ptr(), M._version)
-        except RuntimeError:  # fake tensors have no pointer
+        if type(M) is not Tensor:  # fake ones, which have no pointer
             return M.to(device)
+        key = (id(M), M.data_ptr(), M._version)
         found = self.elsewhere.get((id(M), device))
         if found is None or found[0] != key:
             self.elsewhere[id(M), device] = found = (key, M, M.to(device))

@@ -35,13 +35,14 @@ class Resizing:
         model: Any = self.model
         old = model.get_output_embeddings()
         owner = self.one.owner
+        trains = [p.requires_grad for p in (old.uora_d, old.uora_b)] if isinstance(old, AdaptedModule) else []
         owner.disabled += 1
         try:
             result = getattr(type(model), RESIZE)(model, *args, **kwargs)
         finally:
             owner.disabled -= 1
         if isinstance(old, AdaptedModule) and old._uora.owner is owner:
-            _follow(self.one, old, model.get_output_embeddings())
+            _follow(self.one, old, model.get_output_embeddings(), trains)
         return result
 
 
@@ -69,7 +70,7 @@ def forget_resizing(one: Attachment) -> None:
 
 
 @torch.no_grad()
-def _follow(one: Attachment, old: AdaptedModule, new: nn.Module) -> None:
+def _follow(one: Attachment, old: AdaptedModule, new: nn.Module, trains: list[bool]) -> None:
     adapter, d, b = old._uora, old.uora_d, old.uora_b
     grown = named_parts(new)
     m = sum(part.m for part in grown.values())
@@ -79,12 +80,12 @@ def _follow(one: Attachment, old: AdaptedModule, new: nn.Module) -> None:
     adapter.owner.resize(adapter.m, m, adapter.index, others)
     if new is not old:
         new = specialise(new, adapter.owner, adapter.index)
-        for vector, was in (("uora_d", d), ("uora_b", b)):
-            cast(Tensor, new._parameters[vector]).requires_grad_(was.requires_grad)
         cast(Tensor, new._parameters["uora_d"]).copy_(d)
     else:
         adapter.parts = grown
         adapter.cache.clear()
-        new._parameters["uora_b"] = nn.Parameter(b.new_zeros(m), b.requires_grad)
+        new._parameters["uora_b"] = nn.Parameter(b.new_zeros(m))
     kept = min(m, len(b))
     cast(Tensor, new._parameters["uora_b"])[:kept] = b[:kept]
+    for vector, train in zip(("uora_d", "uora_b"), trains, strict=True):  # transformers freezes the new layer
+        cast(Tensor, new._parameters[vector]).requires_grad_(train)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_uora.adapters import AdaptedModule, facts, named_adapters, plain, trained_names
+from lightning_uora.adapters import AdaptedModule, facts, named_adapters, named_modules, plain, trained_names
 from lightning_uora.distributed import is_sharded
 from lightning_uora.storage.adapter_files import write_folder
 from lightning_uora.storage.low_rank import Loss
@@ -206,7 +206,7 @@ def _whole_state(model: nn.Module, head: str) -> dict[str, Tensor]:
 def _require_one_place(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
     """Raise for an adapted module that stands in two places: PEFT would replace it in the first alone."""
     first = {id(module): name for name, module in adapters.items()}
-    for path, parent in model.named_modules():
+    for path, parent in named_modules(model).items():
         for child, module in parent._modules.items():
             name = f"{path}.{child}" if path else child
             if first.get(id(module), name) != name:

@@ -47,7 +47,7 @@ INSIDE = {
     "adapters": (
         ("attach",),
         ("targets", "specialise"),
-        ("forms", "roles", "own_layers"),
+        ("forms", "roles", "own_layers", "wrong_targets"),
         ("layers", "role_names"),
         ("kinds", "projections"),
         ("functional", "draws"),

@@ -34,7 +34,7 @@ INSIDE = {
         ("merging", "peft"),
         ("adapter_files", "checkpoint"),
         ("restoring",),
-        ("manifest", "fingerprints"),
+        ("manifest", "fingerprints", "folders", "unpickling"),
     ),
     "inputs": (
         ("calibration",),

@@ -7,6 +7,7 @@ from lightning_uora.storage.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from lightning_uora.storage.folders import is_adapter_folder, what_folder
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton
 from lightning_uora.storage.peft import export_peft, write_peft
 
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointHooks",
     "detached_state",
     "export_peft",
+    "is_adapter_folder",
     "load_adapter",
     "load_from_checkpoint",
     "merge_state",
@@ -22,5 +24,6 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "skeleton",
+    "what_folder",
     "write_peft",
 ]

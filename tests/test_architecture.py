@@ -42,7 +42,7 @@ INSIDE = {
         ("observer", "moments", "shared_inputs", "untouched"),
         ("patches",),
     ),
-    "reports": (("figures", "inspection", "meta_models", "progress", "report"),),
+    "reports": (("contents", "figures", "inspection", "meta_models", "progress", "report"),),
     "reinit": (("schedule",), ("refresh",), ("growth",), ("weakness", "rotation")),
     "adapters": (
         ("attach",),

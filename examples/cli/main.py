@@ -23,11 +23,21 @@ from bundled import one_line_errors
 
 
 class OneLineCLI(LightningCLI):
-    """LightningCLI that says in one line why a model or data could not be made."""
+    """LightningCLI that says in one line why a model, data or a callback could not be made."""
 
     def instantiate_classes(self) -> None:
         with one_line_errors():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                raise ValueError(str(innermost(error))) from error
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What a callback said, out of jsonargparse's list of all the types that the value might have had."""
+    while error.__cause__ is not None and "Does not validate against any" in str(error):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

@@ -30,14 +30,17 @@ class OneLineCLI(LightningCLI):
             try:
                 super().instantiate_classes()
             except ValueError as error:
-                raise ValueError(str(innermost(error))) from error
+                raise ValueError(reason(str(error))) from error
 
 
-def innermost(error: BaseException) -> BaseException:
-    """What a callback said, out of jsonargparse's list of all the types that the value might have had."""
-    while error.__cause__ is not None and "Does not validate against any" in str(error):
-        error = error.__cause__
-    return error
+ITS_OWN = ("Does not validate", "Expected a", "Not a valid", "a class path", "a dict ")
+"""How the lines begin that jsonargparse writes about the types that a value might have had."""
+
+
+def reason(message: str) -> str:
+    """What a callback, a model or data said, out of jsonargparse's list; the message where there is none."""
+    said = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    return next((line for line in said if not line.startswith(ITS_OWN)), message)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,30 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_uora.adapters import OWNER, named_adapters
+from lightning_uora.adapters import named_adapters
 from lightning_uora.config import INITS, UORAConfig
-from lightning_uora.reports import inspect_model, model_on_meta
+from lightning_uora.reports import contents, inspect_model, model_on_meta
 from lightning_uora.storage import (
     detached_state,
+    is_adapter_folder,
     known_targets,
+    load_adapter,
     load_from_checkpoint,
+    manifests_of,
     merge_state,
     read,
     read_checkpoint,
     save_checkpoint,
     skeleton,
+    what_folder,
     write_peft,
 )
 
@@ -35,8 +39,12 @@ EXAMPLES = """examples:
   uora show adapter/                                   what a folder or a checkpoint holds
   uora merge last.ckpt plain.ckpt                      a checkpoint that plain load_from_checkpoint reads
   uora merge small.ckpt plain.ckpt --class my.module:Classifier     from checkpoint="adapter"
+  uora merge adapter/ plain.ckpt --class my.module:Classifier       from a folder of save_adapter
   uora export last.ckpt peft/ --format lora            a folder for peft.PeftModel.from_pretrained
 """
+
+FORMATS = {"lora": "LoRA", "vera": "VeRA"}
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,15 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = commands.add_parser("show", help="what a checkpoint or an adapter folder holds")
     show.add_argument("source", type=Path, metavar="FILE_OR_DIR")
     merge = commands.add_parser("merge", help="a plain checkpoint with the adapters in the weights")
-    merge.add_argument("source", type=Path, metavar="CKPT")
+    merge.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
     merge.add_argument("out", type=Path, metavar="OUT")
     merge.add_argument(
-        "--class", dest="module_class", metavar="MODULE:CLASS", help="for adapter-only checkpoints"
+        "--class",
+        dest="module_class",
+        metavar="MODULE:CLASS",
+        help="builds the model of adapter-only checkpoints and folders; looked for in the current folder too",
     )
     export = commands.add_parser("export", help="a PEFT folder")
     export.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
     export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--format", choices=["lora", "vera"], default="lora")
+    export.add_argument("--format", choices=list(FORMATS), default="lora")
     export.add_argument(
         "--max-rank",
         type=int,
@@ -76,12 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PATH",
         help="the model inside the LightningModule that PEFT will wrap, such as model; names start there",
     )
+    for command in (merge, export):
+        command.add_argument("--force", action="store_true", help="write over an OUT that exists")
     chosen = parser.parse_args(arguments)
     try:
         {"inspect": _inspect, "show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
     except (ValueError, OSError, ImportError, AttributeError) as error:
-        message = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"uora: {message}")
+        _print(f"uora: {' '.join(str(error).split())}", stderr=True)
         return 2
     return 0
 
@@ -114,70 +126,152 @@ def _inspect(chosen: argparse.Namespace) -> None:
     if chosen.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
         return
-    table, console = found.table(), Console(soft_wrap=True, highlight=False, markup=False)
+    table = found.table()
     wanted = Console(width=10_000).measure(table).maximum  # a console measures at most its own width
-    Console(width=max(console.width, wanted)).print(table)
+    Console(width=max(Console().width, wanted)).print(table)
     for line in found.lines():
-        console.print(line)
+        _print(line)
 
 
 def _open(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Manifest, tensors and the checkpoint itself (empty for a folder)."""
-    if source.is_dir():
+    if is_adapter_folder(source):
         return *read(source), {}
     checkpoint = read_checkpoint(source)
     return checkpoint["uora"], checkpoint["state_dict"], checkpoint
 
 
 def _show(chosen: argparse.Namespace) -> None:
-    manifest, tensors, _ = _open(chosen.source)
-    table = Table(title=str(chosen.source), show_header=False)
-    config = ", ".join(f"{name}={value!r}" for name, value in manifest["config"].items())
-    table.add_row("configuration", config)
-    table.add_row("adapted modules", f"{len(manifest['adapted'])}: {', '.join(manifest['adapted'][:3])}, ...")
-    record = manifest["record"]
-    rows = sum(len(chosen) for entry in record for chosen in entry["rows"].values())
-    table.add_row("refreshes", f"{len(record)}, {rows:,} rows and columns")
-    for title, count in _bytes(tensors).items():
-        table.add_row(title, f"{count:,} bytes")
-    Console().print(table)
-
-
-def _bytes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    sizes = {"vectors": 0, "A and B": 0, "record": 0, "everything else": 0}
-    for name, tensor in tensors.items():
-        if name.endswith((".uora_d", ".uora_b")) or name in ("uora_d", "uora_b"):
-            kind = "vectors"
-        elif OWNER in name:
-            kind = "record" if name.endswith(".record") else "A and B"
-        else:
-            kind = "everything else"
-        sizes[kind] += tensor.numel() * tensor.element_size()
-    return sizes
+    manifest, tensors, checkpoint = _open(chosen.source)
+    for one in manifests_of(manifest):
+        Console().print(contents(chosen.source, one, tensors, checkpoint.get("optimizer_states")))
 
 
 def _merge(chosen: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(chosen.source)
-    manifest = checkpoint["uora"]
-    if manifest["kind"] == "full":
-        state = merge_state(manifest, checkpoint["state_dict"])
+    _require_free(chosen, chosen.out.exists())
+    if chosen.out.is_dir():
+        raise ValueError(f"{chosen.out} is a folder; merge writes a file: name one.")
+    manifest, tensors, checkpoint = _open(chosen.source)
+    several = manifests_of(manifest)
+    if several[0].get("kind") == "full":
+        state = merge_state(manifest, tensors)
     elif chosen.module_class is None:
-        raise ValueError(
-            f"{chosen.source} holds adapters without their base; name the class that builds it: --class "
-            "MODULE:CLASS."
-        )
+        held = f"{chosen.source} holds adapters without their base;"
+        what = f"{what_folder(chosen.source)} Or" if chosen.source.is_dir() else held
+        raise ValueError(f"{what} name the class that builds it: --class MODULE:CLASS.")
     else:
-        module, _, name = chosen.module_class.partition(":")
-        cls = getattr(importlib.import_module(module), name)
-        state = detached_state(load_from_checkpoint(cls, chosen.source))
+        with _current_folder_importable():
+            cls = _class(chosen.module_class)
+            state = detached_state(_on_base(chosen, cls, several[0]))
     keep = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "loops")
-    save_checkpoint(
-        {**{key: checkpoint[key] for key in keep if key in checkpoint}, "state_dict": state}, chosen.out
+    kept = {key: checkpoint[key] for key in keep if key in checkpoint} if checkpoint else _version()
+    save_checkpoint({**kept, "state_dict": state}, chosen.out)
+    count = sum(len(one["adapted"]) for one in several)
+    _wrote(chosen.out, f"a plain checkpoint, {count} adapted {_layers(count)} merged", chosen.out)
+
+
+def _require_free(chosen: argparse.Namespace, taken: bool) -> None:
+    if taken and not chosen.force:
+        raise ValueError(f"{chosen.out} exists; name another OUT, or write over it by --force.")
+
+
+def _wrote(out: Path, what: str, *files: Path) -> None:
+    size = sum(file.stat().st_size for file in files)
+    _print(f"wrote {out}: {what}, {size:,} bytes")
+
+
+def _print(line: str, stderr: bool = False) -> None:
+    Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False).print(line)
+
+
+def _layers(count: int) -> str:
+    return "layer" if count == 1 else "layers"
+
+
+def _version() -> dict[str, str]:
+    """What Lightning asks for in a checkpoint's file; nothing where there is no Lightning."""
+    try:
+        import lightning
+    except ImportError:
+        return {}
+    return {"pytorch-lightning_version": lightning.__version__}
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """As under ``python -m``: a script's own modules are found where it is run."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the module may have changed it
+            sys.path.remove(here)
+
+
+def _class(named: str) -> Any:
+    """The class that ``MODULE:CLASS`` names."""
+    module, colon, name = named.partition(":")
+    if not (module and colon and name):
+        raise ValueError(
+            f"--class {named} is not allowed; it must be MODULE:CLASS, such as my.module:Classifier."
+        )
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a user's module raises what it likes
+        looked = f" (looked in {Path.cwd()} and among what is installed)"
+        where = looked if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"--class {named}: {type(error).__name__}: {error}{where}.") from error
+    if not hasattr(found, name):
+        own = [n for n, one in vars(found).items() if isinstance(one, type) and one.__module__ == module]
+        has = f"; its own classes: {', '.join(own[:5])}" if own else ""
+        raise ValueError(f"--class {named}: module {module!r} has no attribute {name!r}{has}.")
+    return getattr(found, name)
+
+
+def _on_base(chosen: argparse.Namespace, cls: Any, manifest: dict[str, Any]) -> nn.Module:
+    """A module of the class with the source's adapters."""
+    named = f"--class {chosen.module_class}"
+    if not chosen.source.is_dir():
+        if not hasattr(cls, "load_from_checkpoint"):
+            raise ValueError(f"{named} is no LightningModule's class, which a checkpoint needs.")
+        try:
+            loaded: nn.Module = load_from_checkpoint(cls, chosen.source)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # a user's class raises what it likes
+            raise ValueError(
+                f"{named} could not be built from the checkpoint's hyperparameters: {error}. In Python: "
+                "load_from_checkpoint(cls, path, name=value), then detach_uora(module, merge=True)."
+            ) from error
+        return loaded
+    try:
+        module = cls()
+    except Exception as error:  # a user's class raises what it likes
+        raise ValueError(
+            f"{named} could not be built without arguments, and an adapter folder holds none: {error}. In "
+            "Python: load_adapter(model, folder), then detach_uora(model, merge=True)."
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{named} made a {type(module).__name__}; it must make an nn.Module.")
+    load_adapter(_adapted_part(module, manifest), chosen.source)
+    return module
+
+
+def _adapted_part(module: nn.Module, manifest: dict[str, Any]) -> nn.Module:
+    """The outermost part that has every adapted name; the module itself where none has."""
+    parts = (
+        part for part in module.modules() if set(manifest["adapted"]) <= {n for n, _ in part.named_modules()}
     )
+    return next(parts, module)
 
 
 def _export(chosen: argparse.Namespace) -> None:
+    _require_free(chosen, chosen.out.is_file() or (chosen.out.is_dir() and any(chosen.out.iterdir())))
     manifest, tensors, _ = _open(chosen.source)
+    if len(several := manifests_of(manifest)) > 1:
+        manifest = _one_of(several, chosen.submodule)
+        chosen.submodule = ""  # its names begin there
     prefix = f"{manifest['root']}." if manifest.get("root") else ""
     inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     model = skeleton(manifest, inner)
@@ -208,6 +302,10 @@ def _export(chosen: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if loss is not None:
         console.print(str(loss))
+    count, rank = len(adapters), manifest["config"].get("rank", UORAConfig.rank)
+    rank = min(rank, chosen.max_rank or rank)
+    what = f"PEFT {FORMATS[chosen.format]} of rank {rank}, {count} {_layers(count)}"
+    _wrote(chosen.out, what, *(chosen.out / name for name in PEFT_FILES))
     bare = [n for n, t in trained.items() if t.dim() == 2 and f"{n.rpartition('.')[0]}.bias" not in state]
     if bare and manifest.get("kind") != "full":
         console.print(
@@ -234,6 +332,15 @@ def _trained_modules(
             )
         heads[head] = None
     return list(heads)
+
+
+def _one_of(several: list[dict[str, Any]], path: str) -> dict[str, Any]:
+    """Of several adapted models in a checkpoint the one at ``path``."""
+    found = [one for one in several if one["root"] == path]
+    if len(found) != 1:
+        roots = ", ".join(one["root"] or "(the module itself)" for one in several)
+        raise ValueError(f"the checkpoint holds several adapted models, at {roots}; name one by --submodule.")
+    return found[0]
 
 
 def _within(path: str, named: dict[str, Any]) -> dict[str, Any]:

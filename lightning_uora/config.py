@@ -25,7 +25,9 @@ class UORAConfig:
             grow with it.
         target_modules: A preset (``"attention"``, ``"all-linear"``, ``"all"``), a pattern, or a list of
             either. A pattern is a full module name, a dotted suffix (``"qkv"``, ``"attn.qkv"``), a glob
-            (``"blocks.*.attn.qkv"``), or ``"re:"`` and a regular expression for the whole name.
+            (``"blocks.*.attn.qkv"``), or ``"re:"`` and a regular expression for the whole name. A pattern
+            that matches containers and no layer (``"blocks.3"``) takes every Linear-like layer and attention
+            inside them, heads excluded.
         exclude_modules: Patterns of modules that stay as they are. They win over targets; a container
             excludes all inside.
         trainable_modules: Modules and bare parameters trained as they are. ``"auto"`` finds the head: what

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -20,6 +22,7 @@ from lightning_uora import (
     ReinitSchedule,
     UORAConfig,
     attach_uora,
+    calibrate,
     detach_uora,
     load_from_checkpoint,
     named_adapters,
@@ -169,10 +172,10 @@ def test_max_rank_is_kept_and_its_error_printed(tmp_path, capsys, max_rank: int)
     _, model, path = checkpoint(tmp_path, "full")
     capsys.readouterr()
     assert main(["export", str(path), str(tmp_path / "peft"), "--max-rank", str(max_rank)]) == 0
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
+    said, wrote = capsys.readouterr().out.splitlines()
+    assert f"of rank {max_rank}" in wrote
     if max_rank == 4:
-        assert said == "max_rank=4: no layer is above it; the export is exact.\n"
+        assert said == "max_rank=4: no layer is above it; the export is exact."
         return
     updates = [module.delta_weight().detach().double() for _, module in named_adapters(model)]
     lost = [torch.linalg.svdvals(update)[max_rank:].norm() for update in updates]
@@ -182,16 +185,200 @@ def test_max_rank_is_kept_and_its_error_printed(tmp_path, capsys, max_rank: int)
     assert numbers == pytest.approx([overall.item(), worst.item()], rel=6e-3)
 
 
-def test_show_tells_what_is_there(tmp_path, capsys):
+def shown(capsys, monkeypatch, source) -> dict[str, str]:
+    """The rows of ``uora show``."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(["show", str(source)]) == 0
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    return {title.strip(): said.strip() for title, said in lines}
+
+
+VECTORS = 4 * 2 * (4 + 6)
+"""Bytes of d and b of both layers; A and B have 4 x 6 entries each, every layer its own after a refresh."""
+HEAD = 4 * (3 * 6 + 3)
+
+
+def test_show_tells_what_is_there(tmp_path, capsys, monkeypatch):
+    _, model, path = checkpoint(tmp_path, "full")
+    _, _, small = checkpoint(tmp_path, "adapter")
+    save_adapter(model, tmp_path / "folder")
+    save_adapter(model, tmp_path / "whole", "full")
+    sources = {
+        "full": path,
+        "adapter": small,
+        "record": tmp_path / "folder",
+        "projections": tmp_path / "whole",
+    }
+    found = {kind: shown(capsys, monkeypatch, source) for kind, source in sources.items()}
+    for rows in found.values():
+        assert "rank=4" in rows["configuration"]
+        assert rows["adapted modules"] == "2: body.0, body.2"
+        assert rows["refreshes"] == "3, 12 rows and columns"
+        assert rows["d and b"] == f"{VECTORS} bytes"
+        assert rows["trained besides"] == f"{HEAD} bytes in 2: head.weight, head.bias"
+        assert not any(said.startswith("0 bytes") for said in rows.values())
+    assert found["full"]["what"] == "a full checkpoint: the whole model with its adapters"
+    assert "the rest of the model" in found["full"]
+    assert "record of the refreshes" in found["full"]
+    for kind, what in {"adapter": "an adapter checkpoint", "record": "an adapter folder"}.items():
+        assert found[kind]["what"] == (
+            f"{what}, without its base model; A and B are rebuilt from the seed and the refreshes"
+        )
+        assert not {"A", "B", "the rest of the model"} & set(found[kind])
+    assert found["projections"]["what"].endswith("A and B are stored")
+    assert found["projections"]["A"] == found["projections"]["B"] == found["full"]["A"]
+    optimizer = torch.load(path, weights_only=True)["optimizer_states"][0]["state"].values()
+    moments = sum(value.nbytes for state in optimizer for value in state.values())
+    assert found["full"]["optimizer states"] == f"{moments:,} bytes"
+
+
+def test_show_tells_the_sizes_of_the_files_on_disk(tmp_path, capsys, monkeypatch):
     _, model, path = checkpoint(tmp_path, "full")
     save_adapter(model, tmp_path / "folder")
-    for source in (path, tmp_path / "folder"):
-        assert main(["show", str(source)]) == 0
-        out = capsys.readouterr().out
-        assert "rank=4" in out
-        assert "2: body.0, body.2" in out
-        assert "3, 12 rows and columns" in out
-        assert "80 bytes" in out
+    for source in (path, *(tmp_path / "folder").iterdir()):
+        rows = shown(capsys, monkeypatch, path if source == path else tmp_path / "folder")
+        assert rows[source.name] == f"{source.stat().st_size:,} bytes on disk"
+
+
+def test_show_tells_of_A_from_the_inputs(tmp_path, capsys, monkeypatch):
+    model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+    attach_uora(model, UORAConfig(rank=2, target_modules=["0", "2"], trainable_modules=(), init="inputs"))
+    calibrate(model, [torch.randn(20, 7)])
+    save_adapter(model, tmp_path)
+    rows = shown(capsys, monkeypatch, tmp_path)
+    assert rows["what"].endswith(
+        "A, from the inputs, is stored in float16; B is rebuilt from the seed and the refreshes"
+    )
+    assert rows["A"] == f"{2 * 2 * (7 + 5)} bytes"
+    assert "B" not in rows
+    assert "trained besides" not in rows
+
+
+class Seeded(Toy):
+    """The same start whenever it is made, as a pretrained base is."""
+
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            super().__init__()
+
+
+class Wrapped(LightningModule):
+    """Adapted in a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Seeded()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("cls", [Seeded, Wrapped])
+def test_an_adapter_folder_is_merged_through_its_class(tmp_path, capsys, cls):
+    _, model, _ = checkpoint(tmp_path, "full")
+    folder, out = tmp_path / "folder", tmp_path / "plain.ckpt"
+    save_adapter(model, folder)
+    assert main(["merge", str(folder), str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "is an adapter folder, written by save_adapter" in said
+    assert "load_adapter(model, folder) on the base, then detach_uora(model, merge=True)" in said
+    assert "--class MODULE:CLASS" in said
+    assert main(["merge", str(folder), str(out), "--class", f"tests.test_cli:{cls.__name__}"]) == 0
+    assert capsys.readouterr().out == (
+        f"wrote {out}: a plain checkpoint, 2 adapted layers merged, {out.stat().st_size:,} bytes\n"
+    )
+    plain, x = cls.load_from_checkpoint(out, **TENSORS_ONLY), torch.randn(5, 6)
+    assert not any("uora" in key for key in plain.state_dict())
+    torch.testing.assert_close(plain.eval()(x), model.eval()(x))
+
+
+def test_an_adapter_folder_is_not_merged_into_another_base(tmp_path, capsys):
+    _, model, _ = checkpoint(tmp_path, "full")
+    save_adapter(model, tmp_path / "folder")
+    torch.manual_seed(5)
+    assert main(["merge", str(tmp_path / "folder"), str(tmp_path / "out"), "--class", "tests.toys:Toy"]) == 2
+    assert "was trained on another base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_class_may_lie_in_the_current_folder(tmp_path):
+    """In a process of its own, as the command's script starts: without the folder on the path."""
+    _, model, _ = checkpoint(tmp_path, "full")
+    save_adapter(model, tmp_path / "folder")
+    (tmp_path / "mine.py").write_text("from tests.test_cli import Seeded as Mine\n")
+    program = (
+        "import sys; sys.path = [p for p in sys.path if p]; from lightning_uora.cli import main; "
+        "code = main(sys.argv[1:]); assert '' not in sys.path; sys.exit(code)"
+    )
+    arguments = ["merge", "folder", "plain.ckpt", "--class", "mine:Mine"]
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plain.ckpt").exists()
+
+
+def test_what_exists_is_written_over_by_force_alone(tmp_path, capsys):
+    _, _, path = checkpoint(tmp_path, "full")
+    for command, out in (("merge", tmp_path / "plain.ckpt"), ("export", tmp_path / "peft")):
+        arguments = [command, str(path), str(out)]
+        assert main(arguments) == 0
+        before = {p: p.read_bytes() for p in ([out] if out.is_file() else out.iterdir())}
+        first = next(iter(before))
+        first.write_bytes(b"mine")
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert (
+            capsys.readouterr().err == f"uora: {out} exists; name another OUT, or write over it by --force.\n"
+        )
+        assert first.read_bytes() == b"mine"
+        assert main([*arguments, "--force"]) == 0
+        assert first.stat().st_size == len(before[first])
+
+
+def test_an_empty_folder_takes_an_export_and_what_was_written_is_said(tmp_path, capsys):
+    _, _, path = checkpoint(tmp_path, "full")
+    out = tmp_path / "peft"
+    out.mkdir()
+    assert main(["export", str(path), str(out)]) == 0
+    size = sum(file.stat().st_size for file in out.iterdir())
+    assert capsys.readouterr().out == f"wrote {out}: PEFT LoRA of rank 4, 2 layers, {size:,} bytes\n"
+
+
+class WithLoss(Seeded):
+    """An object among the hyperparameters."""
+
+    def __init__(self, loss: object = None):
+        super().__init__()
+        self.save_hyperparameters()
+        self.loss = loss
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'loss' is an instance")
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_loss_among_the_hyperparameters_is_shown_and_merged(tmp_path, capsys, monkeypatch, kind: str):
+    model, path, out = WithLoss(nn.CrossEntropyLoss()), tmp_path / "a.ckpt", tmp_path / "plain.ckpt"
+    run = trainer(callback(checkpoint=kind))
+    run.fit(model, data())
+    run.save_checkpoint(path)
+    assert shown(capsys, monkeypatch, path)["d and b"] == f"{VECTORS} bytes"
+    assert main(["merge", str(path), str(out), "--class", "tests.test_cli:WithLoss"]) == 0
+    kept = torch.load(out, weights_only=False)["hyper_parameters"]
+    assert type(kept["loss"]) is nn.CrossEntropyLoss
+
+
+class Needy(Toy):
+    """Cannot be made of nothing."""
+
+    def __init__(self, size: int):
+        super().__init__()
 
 
 @pytest.mark.parametrize(
@@ -207,6 +394,30 @@ def test_show_tells_what_is_there(tmp_path, capsys):
             "max_rank=2 is not allowed",
         ),
         (["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "no.such:Thing"], "No module named 'no'"),
+        (["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys"], "it must be MODULE:CLASS"),
+        (
+            ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.test_cli:Needy"],
+            "could not be built from the checkpoint's hyperparameters: ",
+        ),
+        (
+            ["merge", "{tmp}/folder", "{tmp}/out", "--class", "tests.test_cli:Needy"],
+            "could not be built without arguments, and an adapter folder holds none: ",
+        ),
+        (
+            ["merge", "{tmp}/folder", "{tmp}/out", "--class", "tests.toys:data"],
+            "made a DataLoader; it must make an nn.Module",
+        ),
+        (
+            ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys:data"],
+            "is no LightningModule's class",
+        ),
+        (["merge", "{tmp}/peft", "{tmp}/out"], "is an adapter folder of PEFT"),
+        (["show", "{tmp}/peft"], "is an adapter folder of PEFT"),
+        (["show", "{tmp}/shards"], "is a folder of shards"),
+        (["merge", "{tmp}", "{tmp}/out"], "name one of its files: adapter.ckpt, broken.ckpt"),
+        (["merge", "{tmp}/other", "{tmp}/out"], "it holds notes.txt"),
+        (["merge", "{tmp}/empty", "{tmp}/out"], "it is empty"),
+        (["merge", "{tmp}/full.ckpt", "{tmp}/empty", "--force"], "is a folder; merge writes a file"),
         (
             ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys:Thing"],
             "has no attribute 'Thing'",
@@ -216,7 +427,10 @@ def test_show_tells_what_is_there(tmp_path, capsys):
 )
 def test_errors_are_one_line_and_exit_two(tmp_path, capsys, arguments, message: str):
     checkpoint(tmp_path, "full")
-    checkpoint(tmp_path, "adapter")
+    save_adapter(checkpoint(tmp_path, "adapter")[1], tmp_path / "folder")
+    for name in ("peft/adapter_config.json", "shards/.metadata", "other/notes.txt", "empty/"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
     (tmp_path / "broken.ckpt").write_bytes(b"broken")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     capsys.readouterr()

@@ -113,6 +113,8 @@ def test_help_explains_every_argument_of_the_callback(monkeypatch, folder, capsy
     [
         ("--model.init_args.model=no_such_vit", "timm knows no model 'no_such_vit'"),
         ("--data.init_args.folder=/does/not/exist", "/does/not/exist"),
+        ("--trainer.callbacks.init_args.rank=-1", "rank=-1 is not allowed; rank must be an integer of at"),
+        ("--trainer.callbacks.init_args.reinit.start=0.5", "stop=0.2 is not allowed; stop must be at least"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(monkeypatch, folder, capsys, option, message):
@@ -120,3 +122,4 @@ def test_what_cannot_be_made_is_one_line(monkeypatch, folder, capsys, option, me
     assert cli(monkeypatch, folder, "fit", "--config", config, option, *QUIET) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
     assert message in line
+    assert "Namespace" not in line

@@ -106,8 +106,12 @@ def test_the_lines_about_files_and_the_commands_run(small, capsys):
     assert names["small"].checkpoint == "adapter"
     assert Path("adapter/uora_config.json").exists()
     assert Path("peft/adapter_config.json").exists()
+    layers = "nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))"
+    Path("my_model.py").write_text(
+        f"import torch\nfrom torch import nn\ndef Base():\n torch.manual_seed(1)\n return {layers}\n"
+    )
     commands = re.findall(r"^uora (?:show|merge|export).*$", README, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert main(shlex.split(command, comments=True)[1:]) == 0, command
 

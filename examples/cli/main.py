@@ -23,11 +23,24 @@ from bundled import one_line_errors
 
 
 class OneLineCLI(LightningCLI):
-    """LightningCLI that says in one line why a model or data could not be made."""
+    """LightningCLI that says in one line why a model, data or a callback could not be made."""
 
     def instantiate_classes(self) -> None:
         with one_line_errors():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                raise ValueError(reason(str(error))) from error
+
+
+ITS_OWN = ("Does not validate", "Expected a", "Not a valid", "a class path", "a dict ")
+"""How the lines begin that jsonargparse writes about the types that a value might have had."""
+
+
+def reason(message: str) -> str:
+    """What a callback, a model or data said, out of jsonargparse's list; the message where there is none."""
+    said = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    return next((line for line in said if not line.startswith(ITS_OWN)), message)
 
 
 if __name__ == "__main__":

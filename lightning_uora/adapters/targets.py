@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from lightning_uora.adapters.names import named_modules, named_parameters
 from lightning_uora.adapters.own_layers import own_layers
 from lightning_uora.adapters.passing import frozen_parts, passed_by, tied_beyond
 from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
+from lightning_uora.adapters.wrong_targets import near_misses, nothing_found, nothing_inside
 from lightning_uora.config import PRESETS, UORAConfig
 
 __all__ = ["Selection", "select"]
@@ -66,8 +66,10 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
             )
     chosen: set[str] = set()
     for target in targets:
-        found = _preset(modules, target) if target in PRESETS else _matches(modules, target, "target_modules")
+        found = _preset(modules, target) if target in PRESETS else _layers(modules, target)
         kept = [name for name in found if name not in excluded and name not in reserved]
+        if not kept and target in PRESETS:
+            raise ValueError(_nothing_found(modules, target, excluded | reserved))
         chosen.update(_adaptable(modules, target, kept, found))
     frozen, there = frozen_parts(modules, chosen, targets)
     chosen -= there
@@ -122,21 +124,17 @@ def _matches(
         found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     if not found:
         what = "module or parameter" if parameters else "module"
-        raise ValueError(f"{field}={pattern!r} matches no {what}.{_near_misses(modules, pattern)}")
+        raise ValueError(f"{field}={pattern!r} matches no {what}.{near_misses(modules, names, pattern)}")
     return found
 
 
-def _near_misses(modules: dict[str, nn.Module], pattern: str) -> str:
-    depth = pattern.count(".") + 1
-    endings = {".".join(name.split(".")[-depth:]): name for name in modules if name}
-    near = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=3, cutoff=0.5)
-    if near:
-        return " Near misses: " + ", ".join(repr(name) for name in near) + "."
-    ends = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in modules.items() if name and is_supported(module)}
-    )
-    names = ", ".join(ends[:20]) or "none"
-    return f" Names that can be adapted end in: {names}; presets are {', '.join(PRESETS)}."
+def _layers(modules: dict[str, nn.Module], target: str) -> list[str]:
+    """What a pattern matches; where that is containers alone, their Linear-like layers and attention."""
+    found = _matches(modules, target, "target_modules")
+    if any(is_supported(modules[name]) or "weight" in modules[name]._parameters for name in found):
+        return found
+    within = inside(modules, found)
+    return [name for name in _preset(modules, "all-linear") if name in within] or found
 
 
 def _adaptable(modules: dict[str, nn.Module], target: str, kept: list[str], found: list[str]) -> list[str]:
@@ -149,28 +147,21 @@ def _adaptable(modules: dict[str, nn.Module], target: str, kept: list[str], foun
             reason = unsupported(name, modules[name])
             if reason is not None:
                 raise ValueError(f"target_modules={target!r}: {reason}")
-    if not supported and target not in PRESETS:
-        if found and not kept:
-            why = "matches only modules that are excluded or trained as they are"
-        else:
-            shown = ", ".join(map(repr, kept[:3]))
-            why = f"matches {shown}, which hold no weight of a kind that can be adapted"
+    if found and not kept:
         raise ValueError(
-            f"target_modules={target!r} {why}; name a layer in full, or change trainable_modules."
+            f"target_modules={target!r} matches only modules that are excluded or trained as they are; name "
+            "a layer in full, or change trainable_modules."
         )
     if not supported:
-        raise ValueError(_nothing_found(modules, target))
+        raise ValueError(f"target_modules={target!r} {nothing_inside(modules, kept)}")
     return supported
 
 
-def _nothing_found(modules: dict[str, nn.Module], preset: str) -> str:
-    linears = sum(is_linear_like(module) for module in modules.values())
-    others = sum(is_supported(module) and not is_linear_like(module) for module in modules.values())
-    return (
-        f"target_modules={preset!r} finds nothing to adapt in this model, which has {linears} Linear-like "
-        f"layers and {others} other supported ones, heads included; use 'all-linear' or 'all', or name "
-        "layers by pattern."
-    )
+def _nothing_found(modules: dict[str, nn.Module], preset: str, taken: set[str]) -> str:
+    """What is there instead, outside of what is excluded or trained as it is (``taken``)."""
+    left = [name for name, module in modules.items() if is_supported(module) and name in taken]
+    others = [name for name in PRESETS if name != preset and set(_preset(modules, name)) - taken]
+    return nothing_found(modules, preset, left, others)
 
 
 def _preset(modules: dict[str, nn.Module], preset: str) -> list[str]:

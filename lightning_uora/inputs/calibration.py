@@ -44,7 +44,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Forward | None 
         model: The root that was given to ``attach_uora``.
         batches: What the model takes, on its device: tensors; tuples or lists of arguments; mappings of named
             ones. Eight are plenty as a rule.
-        forward: Runs the model on one of the batches, where calling the model with it does not.
+        forward: Runs the model on one of the batches, where calling the model with it does not:
+            ``lambda batch: model(batch[0])`` for batches of inputs and labels.
 
     Raises:
         ValueError: The model is not adapted with ``init="inputs"``, is calibrated, sharded, or on ``meta``;

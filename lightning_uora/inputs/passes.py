@@ -156,7 +156,10 @@ class Watch:
                     with _eager():
                         run(batch)
                 except Exception as error:  # whatever the user's model raises
-                    refused = ValueError(f"calibration batch {index} was refused by the model: {error!r}")
+                    how = _how_to_call(batch) if run == self._call else ""
+                    refused = ValueError(
+                        f"calibration batch {index} was refused by the model: {error!r}{how}"
+                    )
                     refused.__cause__ = error
                     break
         self.shared.release()
@@ -205,6 +208,20 @@ class Watch:
         for name, layer in self.layers:
             for part in layer.adapted_parts:
                 yield name, layer, part
+
+
+def _how_to_call(batch: Any) -> str:
+    """What to do where the model was called with all that a batch holds, labels among it."""
+    if isinstance(batch, Mapping):
+        first, given = next(iter(batch), "x"), f"its {len(batch)} entries as named arguments"
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        first, given = 0, f"its {len(batch)} items as arguments"
+    else:
+        return ""
+    return (
+        f". It was called with {given}; say what it takes: calibrate(model, batches, forward=lambda batch: "
+        f"model(batch[{first!r}]))."
+    )
 
 
 def _held(batches: Iterable[Any]) -> list[Any]:

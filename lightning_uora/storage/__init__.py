@@ -7,6 +7,8 @@ from lightning_uora.storage.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from lightning_uora.storage.folders import is_adapter_folder, what_folder
+from lightning_uora.storage.manifest import manifests_of
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton
 from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import known_targets
@@ -15,14 +17,17 @@ __all__ = [
     "CheckpointHooks",
     "detached_state",
     "export_peft",
+    "is_adapter_folder",
     "known_targets",
     "load_adapter",
     "load_from_checkpoint",
+    "manifests_of",
     "merge_state",
     "read",
     "read_checkpoint",
     "save_adapter",
     "save_checkpoint",
     "skeleton",
+    "what_folder",
     "write_peft",
 ]

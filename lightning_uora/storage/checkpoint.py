@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from lightning_uora.adapters import (
 )
 from lightning_uora.config import UORAConfig, differences
 from lightning_uora.distributed import is_sharded
+from lightning_uora.storage.folders import what_folder
 from lightning_uora.storage.manifest import (
     SEVERAL,
     check_checkpoint,
@@ -42,6 +44,7 @@ from lightning_uora.storage.restoring import (
     require_modules,
     take_projections,
 )
+from lightning_uora.storage.unpickling import torch_modules_allowed, unpickled
 
 __all__ = ["CheckpointHooks", "load_from_checkpoint", "read_checkpoint", "save_checkpoint"]
 
@@ -262,24 +265,21 @@ def _check_same_config(found: UORAConfig, saved: UORAConfig) -> None:
         raise ValueError(f"the checkpoint has adapters of another configuration: {different}.")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that ``UORACallback`` had a hand in, on the CPU; only plain data is unpickled.
+def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+    """A checkpoint that ``UORACallback`` had a hand in, on the CPU.
+
+    Args:
+        path: The file.
+        weights_only: Unpickle plain data and torch's own modules only; False runs whatever the file says.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, of a newer version, or of other making; it is a folder of shards.
+        ValueError: It is damaged, of a newer version, or of other making; it holds an object of another type;
+            it is a folder.
     """
     if Path(path).is_dir():
-        raise ValueError(
-            f"{path} is a folder of shards; make a file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch's unpickler fails on garbage in any way it can
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+        raise ValueError(what_folder(path))
+    checkpoint = unpickled(path, weights_only)
     if not isinstance(checkpoint, dict) or "uora" not in checkpoint:
         raise ValueError(
             f"{path} was not made with UORACallback; the class's own load_from_checkpoint reads it."
@@ -304,34 +304,35 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 
 def load_from_checkpoint(
-    module_class: Any, path: str | Path, *, base_mismatch: Mismatch = "error", **kwargs: Any
+    module_class: Any,
+    path: str | Path,
+    *,
+    base_mismatch: Mismatch = "error",
+    weights_only: bool = True,
+    **kwargs: Any,
 ) -> Any:
     """A LightningModule from a checkpoint of either kind, adapters attached, on the CPU, no Trainer.
 
     Args:
         module_class: The LightningModule's class.
-        path: The checkpoint; it is loaded with ``weights_only=True``.
+        path: The checkpoint.
         base_mismatch: ``"warn"`` accepts another base for an ``"adapter"`` checkpoint.
+        weights_only: Unpickle plain data and torch's own modules (a loss among the hyperparameters) only.
+            False reads objects of any type and runs what the file says: for files that you trust.
         kwargs: Arguments of ``module_class``, over the saved hyperparameters. For an ``"adapter"`` checkpoint
             they must bring the pretrained base back.
 
     Raises:
-        ValueError: The file is no checkpoint made with ``UORACallback``, or does not fit the module;
-            ``map_location``, ``strict`` or ``weights_only`` among ``kwargs``.
+        ValueError: The file is no checkpoint made with ``UORACallback``, does not fit the module, or holds
+            an object of a type that ``weights_only`` refuses; ``map_location`` or ``strict`` among
+            ``kwargs``.
     """
-    given = sorted({"map_location", "strict", "weights_only"} & set(kwargs))
+    given = sorted({"map_location", "strict"} & set(kwargs))
     if given:
         raise ValueError(f"{given[0]} is not an argument here: the module comes whole, on the CPU.")
-    checkpoint = read_checkpoint(path)
-    manifests, empty = manifests_of(checkpoint["uora"]), io.BytesIO()
-    torch.save({**checkpoint, "state_dict": {}}, empty)
-    empty.seek(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
-        # Written here, of what read_checkpoint let through: without ``weights_only``, which Lightning 2.5
-        # would hand on to the class.
-        module = module_class.load_from_checkpoint(empty, map_location="cpu", strict=False, **kwargs)
+    checkpoint = read_checkpoint(path, weights_only)
+    manifests = manifests_of(checkpoint["uora"])
+    module = _built(module_class, {**checkpoint, "state_dict": {}}, weights_only, kwargs)
     if not is_adapted(module):
         for manifest in manifests:
             root = module.get_submodule(manifest["root"])
@@ -342,4 +343,24 @@ def load_from_checkpoint(
     hooks.load(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=getattr(module, "strict_loading", True))
     hooks.install()
+    return module
+
+
+def _built(
+    module_class: Any, checkpoint: dict[str, Any], weights_only: bool, kwargs: dict[str, Any]
+) -> nn.Module:
+    """The module as its class makes it from a checkpoint without weights."""
+    empty = io.BytesIO()
+    torch.save(checkpoint, empty)
+    empty.seek(0)
+    # What is written here was let through by read_checkpoint. Lightning 2.5 has no ``weights_only``: it would
+    # hand it on to the class, and reads everything. Since 2.6 torch's default, True, holds.
+    known = "weights_only" in inspect.signature(module_class.load_from_checkpoint).parameters
+    options = {**kwargs, "weights_only": False} if known and not weights_only else kwargs
+    with warnings.catch_warnings(), torch_modules_allowed(empty):
+        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
+        module: nn.Module = module_class.load_from_checkpoint(
+            empty, map_location="cpu", strict=False, **options
+        )
     return module

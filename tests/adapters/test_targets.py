@@ -145,12 +145,48 @@ def test_short_names_count_beside_each_other_or_in_attention_alone():
         chosen(nn.ModuleDict({"mixer": block("q", "v")}))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0"])
-def test_attention_on_a_model_without_attention_proposes_other_presets(name: str):
+@pytest.mark.parametrize(
+    ("name", "proposed"),
+    [("resnet18", "'all'"), ("convnext_atto", "'all'"), ("mixer_s32_224", "'all-linear' or 'all'")],
+)
+def test_attention_on_a_model_without_attention_proposes_presets_that_find_something(name, proposed):
+    """A head alone is nothing to find: ``"all-linear"`` of a ResNet would be refused as well."""
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ValueError, match=r"finds nothing to adapt.*'all-linear' or 'all'"):
+    with pytest.raises(ValueError, match=rf"finds nothing to adapt.* Use {proposed}, or name layers"):
         chosen(model)
+
+
+class Recurrent(nn.Module):
+    """An LSTM, and layers of which each may be left out."""
+
+    def __init__(self, **others: nn.Module):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5)
+        for name, module in others.items():
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize("preset", ["attention", "all-linear", "all"])
+def test_a_preset_that_finds_nothing_names_what_there_is_and_recommends_nothing_that_is_refused(preset):
+    with pytest.raises(
+        ValueError, match=r"layers with weights are: 1 LSTM\. UORA adapts nn\.Linear"
+    ) as error:
+        chosen(Recurrent(), preset)
+    assert " Use " not in str(error.value)
+    with pytest.raises(ValueError, match=r"trained as they are \(heads\): 'fc'; name one in full") as error:
+        chosen(Recurrent(fc=nn.Linear(5, 2)), preset)
+    assert " Use " not in str(error.value)
+    assert chosen(Recurrent(fc=nn.Linear(5, 2)), "fc") == ("fc",)
+
+
+def test_what_was_given_is_not_recommended():
+    model = Recurrent(conv=nn.Conv1d(3, 4, 2))
+    with pytest.raises(ValueError, match=r"1 LSTM, 1 Conv1d.* Use 'all', or name layers"):
+        chosen(model, "all-linear")
+    with pytest.raises(ValueError, match="Excluded, or trained as they are") as error:
+        chosen(model, "all", exclude_modules=["conv"])
+    assert " Use " not in str(error.value)
 
 
 def test_all_linear_and_all_leave_head_and_lm_head():
@@ -200,6 +236,67 @@ def test_patterns(vit: nn.Module, pattern, expected):
 def test_a_suffix_matches_whole_name_parts_only(vit: nn.Module):
     with pytest.raises(ValueError, match="matches no module"):
         chosen(vit, "kv")
+
+
+BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks", "inner"),
+    [
+        ("blocks.3", [3], BLOCK),
+        (r"re:blocks\.[14]", [1, 4], BLOCK),
+        ("blocks.[14]", [1, 4], BLOCK),
+        ("mlp", range(6), BLOCK[2:]),
+        ("blocks", range(6), BLOCK),
+    ],
+)
+def test_a_container_stands_for_the_linear_layers_in_it(vit: nn.Module, pattern, blocks, inner):
+    assert chosen(vit, pattern) == tuple(f"blocks.{i}.{name}" for i in blocks for name in inner)
+    assert len(chosen(vit, [pattern, "patch_embed.proj"])) == len(blocks) * len(inner) + 1
+
+
+def test_of_a_container_exclusions_heads_and_what_is_trained_stay_out(vit: nn.Module):
+    assert chosen(vit, "blocks.3", exclude_modules=["fc2"]) == tuple(f"blocks.3.{n}" for n in BLOCK[:3])
+    model = nn.ModuleDict({"net": nn.ModuleDict({"a": nn.Linear(3, 3), "head": nn.Linear(3, 2)})})
+    assert chosen(model, "net") == ("net.a",)
+    assert chosen(model, "net", trainable_modules=["a"]) == ("net.head",)
+
+
+def test_a_container_of_attention_is_taken_whole():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
+    inner = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
+    assert chosen(encoder, "layers.1") == tuple(f"layers.1.{name}" for name in inner)
+
+
+def test_a_pattern_that_matches_a_layer_takes_no_container_of_the_same_name():
+    """What it meant in saved configurations it still means."""
+    inner = nn.ModuleDict({"proj": nn.Linear(3, 3)})
+    model = nn.ModuleDict({"proj": nn.Sequential(nn.Linear(3, 3)), "attn": inner})
+    assert chosen(model, "proj") == ("attn.proj",)
+
+
+class Experts(nn.Module):
+    """All experts' weights in one parameter, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(4, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("experts", r"'experts' is a Experts whose weights are bare parameters of 3 axes \(up\), which UORA"),
+        ("experts.up", "names a parameter, 'experts.up', and UORA adapts whole layers"),
+        ("convs", r"Sequential without Linear-like layers in it; name its convolutions, such as 'convs\.1'"),
+        ("lstm", "'lstm' is a LSTM; UORA adapts nn.Linear"),
+    ],
+)
+def test_what_holds_nothing_to_adapt_is_refused_with_the_reason(pattern: str, message: str):
+    convs = nn.Sequential(nn.ReLU(), nn.Conv1d(3, 4, 2))
+    with pytest.raises(ValueError, match=message):
+        chosen(Recurrent(experts=Experts(), convs=convs, linear=nn.Linear(3, 3)), pattern)
 
 
 def test_exclusions_win_and_a_container_excludes_all_inside(vit: nn.Module):
@@ -277,7 +374,27 @@ def test_trainable_modules_by_pattern_or_none(vit: nn.Module):
         ),
         ({"target_modules": "re:(["}, r"target_modules='re:\(\[' is not a valid regular expression"),
         ({"target_modules": "norm1"}, r"'blocks.0.norm1' is a LayerNorm; UORA adapts nn.Linear"),
-        ({"target_modules": "blocks.0"}, r"'blocks.0', which hold no weight of a kind"),
+        ({"target_modules": "norm"}, r"'norm' is a LayerNorm; UORA adapts nn.Linear"),
+        ({"target_modules": "act"}, r"'blocks.0.mlp.act' is a GELU; UORA adapts nn.Linear"),
+        ({"target_modules": "attn.qkv.weight"}, r"names a parameter, 'blocks.0.attn.qkv.weight', and UORA"),
+        ({"target_modules": "blocks.0", "exclude_modules": "blocks"}, "only modules that are excluded"),
+        (
+            {"target_modules": r"re:attn\.qkv"},
+            r"must match the whole name: 're:\.\*\(attn\\\\.qkv\)' matches 'blocks.0.attn.qkv', 'blocks.1",
+        ),
+        (
+            {"target_modules": r"re:mlp\.f"},
+            r"'re:\.\*\(mlp\\\\.f\)\.\*' matches 'blocks.0.mlp.fc1'",
+        ),
+        (
+            {"target_modules": r"re:block\.0\.attn\.qkv"},
+            r"must match the whole name\. Near misses: 'blocks.0.attn.qkv', ",
+        ),
+        ({"target_modules": r"re:xyzzy{9}"}, r"An expression must match the whole name\.$"),
+        (
+            {"trainable_modules": [r"re:hea"]},
+            r"no module or parameter. An expression must match the whole name: 're:\.\*\(hea\)\.\*' matches",
+        ),
         ({"exclude_modules": ["fc9"]}, r"exclude_modules='fc9' matches no module. Near misses: 'fc"),
         (
             {"trainable_modules": ["haed"]},

@@ -276,6 +276,17 @@ BAD = {
         None,
         "batch 1 was refused by the model: RuntimeError",
     ),
+    "labels too": (
+        [(torch.randn(9, 4), torch.zeros(9))],
+        None,
+        r"refused .*TypeError.*It was called with its 2 items as arguments; say what it takes: "
+        r"calibrate\(model, batches, forward=lambda batch: model\(batch\[0\]\)\)\.$",
+    ),
+    "labels by name": (
+        [{"x": torch.randn(9, 4), "labels": torch.zeros(9)}],
+        None,
+        r"its 2 entries as named arguments; .* forward=lambda batch: model\(batch\['x'\]\)\)\.$",
+    ),
     "non-finite inside": (
         [torch.randn(9, 4)],
         nan_in_second,

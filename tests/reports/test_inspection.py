@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import ssl
+import urllib.error
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -15,7 +19,7 @@ from torch import nn
 
 from lightning_uora import UORAConfig, attach_uora, calibrate, save_adapter, summarize
 from lightning_uora.cli import main
-from lightning_uora.reports import inspect_model, model_on_meta
+from lightning_uora.reports import inspect_model, meta_models, model_on_meta
 from tests import families
 
 
@@ -127,17 +131,95 @@ def test_own_copies_are_counted_once_for_each_layer_and_size():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vit_bse_patch16_224"], "Near misses: "),
-        (["no/such-model"], "no timm model"),
-        (["resnet18"], "use 'all-linear' or 'all'"),
+        (["vit_bse_patch16_224"], "Near misses: vit_base_patch16_224, "),
+        (["gtp2"], "Near misses: gpt2"),
+        (["./no/config.json"], "./no/config.json: no such file or folder."),
+        (["resnet18"], "Use 'all', or name layers"),
         (["bert", "--tokens", "0"], "tokens=0 must be at least 1"),
         (["bert", "--rank", "0"], "rank=0"),
     ],
 )
 def test_what_cannot_be_inspected_is_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch):
+    """The network is asked for none of these."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(meta_models.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the hub"))
     assert main(["inspect", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+class Hub:
+    """The hub as it may answer: what ``urlopen`` raises, and how often transformers was asked."""
+
+    def __init__(self, monkeypatch, answer: Exception | None):
+        self.asked, self.waited, self.answer = [], [], answer
+        monkeypatch.setattr(meta_models.urllib.request, "urlopen", self.open)
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", self.read)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def open(self, request, timeout: float):
+        self.waited.append((request.full_url, timeout))
+        if self.answer is not None:
+            raise self.answer
+        return io.BytesIO()
+
+    def read(self, name: str, local_files_only: bool = False):
+        self.asked.append(local_files_only)
+        if local_files_only:
+            raise OSError("not in the cache")
+        return transformers.BertConfig(**families.BERT)
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "bert-base-uncased", "xyzzy"])
+def test_a_hub_that_cannot_be_reached_costs_one_short_wait(name, monkeypatch, capsys):
+    hub = Hub(monkeypatch, urllib.error.URLError("no route"))
+    assert main(["inspect", name]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{name!r} is no timm model" in line
+    assert "not in the local hub cache, and the hub cannot be reached (no route)" in line
+    assert hub.asked == [True]
+    assert hub.waited == [("https://huggingface.co", 5)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        urllib.error.HTTPError("https://huggingface.co", 405, "", None, None),
+        urllib.error.URLError(ssl.SSLError("a company's certificate")),
+    ],
+)
+def test_a_hub_that_answers_is_asked(monkeypatch, capsys, answer):
+    hub = Hub(monkeypatch, answer)
+    assert main(["inspect", "some/model"]) == 0
+    assert hub.asked == [True, False]
+
+
+def test_a_hub_without_the_name_is_one_line(monkeypatch, capsys):
+    hub = Hub(monkeypatch, None)
+    hub.read = lambda name, **_: (_ for _ in ()).throw(OSError("404 Client Error"))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", hub.read)
+    assert main(["inspect", "google/vit_base_patch16_24"]) == 2
+    said = capsys.readouterr().err
+    assert "the hub gives no configuration of this name. Near misses: vit_base_patch16_224" in said
+
+
+def test_offline_the_hub_is_left_alone(monkeypatch, capsys):
+    hub = Hub(monkeypatch, None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["inspect", "some/model"]) == 2
+    assert "HF_HUB_OFFLINE keeps it from the hub" in capsys.readouterr().err
+    assert (hub.asked, hub.waited) == ([True], [])
+
+
+HUBS_OWN = "bert-base-cased roberta-base xlm-roberta-base distilbert-base-uncased distilroberta-base t5-small"
+
+
+@pytest.mark.parametrize("name", [*HUBS_OWN.split(), "distilgpt2", "gpt2-medium", "xlnet-base-cased"])
+def test_names_of_the_hubs_first_models_are_no_typing_errors(monkeypatch, name):
+    hub = Hub(monkeypatch, None)
+    assert main(["inspect", name]) == 0
+    assert hub.asked == [True, False]
 
 
 def test_without_either_library_the_command_says_what_to_install(monkeypatch, capsys):

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_uora import ReinitSchedule, UORACallback, detach_uora, load_from_checkpoint, named_adapters
 from lightning_uora.cli import main
@@ -188,8 +189,101 @@ def test_loading_takes_the_arguments_of_the_class_alone(tmp_path):
     run = trainer(uora("full"))
     run.fit(made(), data())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="map_location is not an argument here"):
-        load_from_checkpoint(Normed, tmp_path / "a.ckpt", map_location="cpu")
+    for name in ("map_location", "strict"):
+        with pytest.raises(ValueError, match=f"{name} is not an argument here: the module comes whole"):
+            load_from_checkpoint(Normed, tmp_path / "a.ckpt", **{name: "cpu"})
+
+
+class Weighted(nn.CrossEntropyLoss):
+    """A loss of the user's own."""
+
+
+class WithLoss(Toy):
+    """An object among the hyperparameters."""
+
+    def __init__(self, loss: object = None, size: int = 0):
+        super().__init__()
+        self.save_hyperparameters()
+        self.loss, self.size = loss, size
+
+
+def saved_with(loss: object, path, kind: str = "full") -> WithLoss:
+    torch.manual_seed(4)
+    model = WithLoss(copy.deepcopy(loss).requires_grad_(False), 3)
+    run = trainer(uora(kind, target_modules="body"))
+    run.fit(model, data())
+    run.save_checkpoint(path)
+    return model
+
+
+OWN_OBJECTS = pytest.mark.filterwarnings("ignore:Attribute 'loss' is an instance")
+
+
+@OWN_OBJECTS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.MultiheadAttention(4, 2), nn.GRU(2, 3)),
+    ],
+)
+def test_torchs_own_modules_among_the_hyperparameters_come_back(tmp_path, kind: str, weights_only, loss):
+    model = saved_with(loss, tmp_path / "a.ckpt", kind)
+    torch.manual_seed(4)
+    found = load_from_checkpoint(WithLoss, tmp_path / "a.ckpt", weights_only=weights_only)
+    assert same_state(found, model)
+    assert type(found.hparams["loss"]) is type(loss)
+    assert repr(found.loss) == repr(loss)
+    assert found.size == 3
+    assert get_unsafe_globals_in_checkpoint(tmp_path / "a.ckpt")  # nothing stays allowed
+
+
+@OWN_OBJECTS
+def test_objects_of_other_types_are_named_and_read_when_they_are_allowed(tmp_path):
+    path = tmp_path / "a.ckpt"
+    model = saved_with(Weighted(), path)
+    with pytest.raises(
+        ValueError, match=r"holds objects of tests\.storage\.test_checkpoints\.Weighted"
+    ) as error:
+        load_from_checkpoint(WithLoss, path)
+    assert "`with torch.serialization.safe_globals([Weighted]):`" in str(error.value)
+    assert "load_from_checkpoint(..., weights_only=False)" in str(error.value)
+    assert "damaged" not in str(error.value)
+    with torch.serialization.safe_globals([Weighted]):
+        assert same_state(load_from_checkpoint(WithLoss, path), model)
+    found = load_from_checkpoint(WithLoss, path, weights_only=False)
+    assert same_state(found, model)
+    assert type(found.loss) is Weighted
+
+
+@OWN_OBJECTS
+@pytest.mark.filterwarnings("ignore:No gradient in the first backward for loss")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_model_among_the_hyperparameters_is_replaced_by_a_fresh_one(tmp_path, kind: str):
+    def fresh() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 3))
+
+    path = tmp_path / "a.ckpt"
+    torch.manual_seed(4)
+    model, run = WithLoss(fresh()), trainer(uora(kind))
+    run.fit(model, data())
+    run.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"holds the adapted model itself .* save_hyperparameters\(ignore="):
+        load_from_checkpoint(WithLoss, path)
+    torch.manual_seed(4)
+    assert same_state(load_from_checkpoint(WithLoss, path, loss=fresh(), weights_only=False), model)
+
+
+def test_what_is_no_archive_is_damaged_either_way(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"no archive")
+    for weights_only in (True, False):
+        with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+            load_from_checkpoint(Toy, tmp_path / "a.ckpt", weights_only=weights_only)
+        with pytest.raises(FileNotFoundError):
+            load_from_checkpoint(Toy, tmp_path / "none.ckpt", weights_only=weights_only)
 
 
 def places(value, path=()):

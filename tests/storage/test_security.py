@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_uora import (
     UORAConfig,
     attach_uora,
     load_adapter,
+    load_from_checkpoint,
     named_adapters,
     refresh,
     save_adapter,
@@ -24,6 +26,7 @@ from lightning_uora import (
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.cli import main
 from lightning_uora.storage.checkpoint import read_checkpoint
+from lightning_uora.storage.unpickling import _torch_module
 from tests.toys import Toy, callback, data, trainer
 
 HUGE = 10**13
@@ -175,14 +178,73 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys, where: str):
     assert trace.exists()  # the payload is real
 
 
+NAMES_A_CLASS = [
+    "torch.nn.modules.loss.Tensor",  # imported there, not defined
+    "torch.nn.modules.loss._Reduction",
+    "torch.nn.modules.loss.F.cross_entropy",
+    "torch.nn.modules.linear.init.torch",
+    "torch.nn.modules.no_such.Thing",
+    "torch.nn.modules_of_mine.Linear",
+    "torch.nn.utils.prune.Identity",
+    "os.system",
+    "Linear",
+]
+
+
+@pytest.mark.parametrize("name", NAMES_A_CLASS)
+def test_only_modules_defined_in_torch_are_made(name: str):
+    before = set(sys.modules)
+    assert _torch_module(name) is None
+    assert set(sys.modules) == before
+    assert _torch_module("torch.nn.modules.loss.CrossEntropyLoss") is nn.CrossEntropyLoss
+
+
+def test_a_loss_in_a_file_opens_no_way_for_code(tmp_path):
+    """The payload hangs on an object of a type that is let through."""
+    path, trace, loss = tmp_path / "last.ckpt", tmp_path / "trace", nn.CrossEntropyLoss()
+    loss.extra = Payload(trace)
+    model = Toy()
+    run = trainer(callback())
+    run.fit(model, data())
+    run.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "hyper_parameters": {"loss": loss}}, path)
+    with pytest.raises(ValueError, match=r"would call builtins\.getattr.*which may run any code"):
+        load_from_checkpoint(Toy, path)
+    assert not trace.exists()
+    with pytest.raises(
+        TypeError, match="loss"
+    ):  # what the caller asked for: it is unpickled, the class refuses it
+        load_from_checkpoint(
+            type("Picky", (Toy,), {"__init__": lambda self, size: None}), path, weights_only=False
+        )
+    assert trace.exists()
+
+
+def defaults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str | None]:
+    """Arguments of a function and their defaults as written; None where there is none."""
+    plain = [*function.args.posonlyargs, *function.args.args]
+    given = [None] * (len(plain) - len(function.args.defaults)) + list(function.args.defaults)
+    pairs = [
+        *zip(plain, given, strict=True),
+        *zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True),
+    ]
+    return {argument.arg: None if value is None else ast.unparse(value) for argument, value in pairs}
+
+
 def test_nothing_in_the_package_unpickles_code():
-    """Every torch.load says weights_only=True; no pickle module is imported."""
+    """Every torch.load says weights_only=True, or what the caller said, who says True unless asked otherwise;
+    no pickle module is imported.
+    """
     calls = 0
     for path in Path(lightning_uora.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load"):
                 calls += 1
-                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                said = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert said["weights_only"] in ("True", "weights_only")
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+                assert defaults(node).get("weights_only", "True") == "True", node.name
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"pickle", "dill", "joblib", "cloudpickle"} & set(names), path

@@ -162,7 +162,7 @@ def test_targets_are_full_names_in_a_list_where_what_the_file_tells_allows_it(tm
     saved = torch.load(path, weights_only=True)
     saved["state_dict"]["sub.body.0.weight"] = torch.zeros(2)
     torch.save(saved, path)
-    assert main(["export", str(path), str(tmp_path / "peft")]) == 0
+    assert main(["export", str(path), str(tmp_path / "peft"), "--force"]) == 0
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["target_modules"] == r"body\.0|body\.2"
 

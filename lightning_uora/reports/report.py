@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_uora.adapters import (
+    Attachment,
     attachments,
     named_adapters,
     named_modules,
@@ -142,9 +143,16 @@ def summarize(model: nn.Module) -> Summary:
         total_params=sum(p.numel() for p in parameters),
         layers=tuple(layers),
         trained=tuple((name, sum(p.numel() for p in found)) for name, found in trained_parts(model).items()),
-        left=tuple(f"{one.prefix}{name}" for one in found for name in one.owner.left),
+        left=tuple(name for one in found for name in _still_left(model, one)),
         kept=tuple(f"{one.prefix}{name}" for one in found for name in one.owner.kept),
     )
+
+
+def _still_left(model: nn.Module, one: Attachment) -> list[str]:
+    """What was left frozen when adapters were attached, and does not train by the user's hand since."""
+    trained = tuple(trained_names(model))
+    names = [f"{one.prefix}{name}" for name in one.owner.left]
+    return [name for name in names if not any(f"{t}.".startswith(f"{name}.") for t in trained)]
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

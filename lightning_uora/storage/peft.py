@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_uora.adapters import AdaptedModule, facts, named_adapters, named_modules, plain, trained_names
+from lightning_uora.adapters import (
+    AdaptedModule,
+    facts,
+    named_adapters,
+    named_modules,
+    plain,
+    trained_names,
+    unwrapped,
+)
 from lightning_uora.distributed import is_sharded
 from lightning_uora.storage.adapter_files import write_folder
 from lightning_uora.storage.low_rank import Loss
@@ -66,6 +74,7 @@ def export_peft(
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
     """
+    model = unwrapped(model)
     adapters = dict(named_adapters(model))
     if not adapters:
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")

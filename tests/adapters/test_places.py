@@ -92,7 +92,9 @@ def test_wrappers_are_looked_through_by_patterns_heads_and_files(wrapper, tmp_pa
     torch.testing.assert_close(other(x), want)
     if inner:
         export_peft(unwrapped(model).model, tmp_path / "peft")
-        assert '"body.0"' in (tmp_path / "peft" / "adapter_config.json").read_text()
+        text = (tmp_path / "peft" / "adapter_config.json").read_text()
+        assert '"base_model_class": "Net"' in text
+        assert "_orig_mod" not in text
     detach_uora(model, merge=True)
     torch.testing.assert_close(model(x), want)
     assert not attachments(model)

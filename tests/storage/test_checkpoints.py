@@ -258,6 +258,7 @@ def test_objects_of_other_types_are_named_and_read_when_they_are_allowed(tmp_pat
     assert type(found.loss) is Weighted
 
 
+@pytest.mark.filterwarnings("ignore:No gradient in the first optimizer step")
 @OWN_OBJECTS
 @pytest.mark.filterwarnings("ignore:No gradient in the first backward for loss")
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from lightning_uora.adapters.attachments import (
     Attachment,
-    attachments,
     is_adapted,
+    recorded_ids,
     require_attachments,
     trained_parameters,
     vectors_in,
+    whole_of,
 )
 from lightning_uora.adapters.kinds import named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
-from lightning_uora.adapters.names import named_modules, unwrapped
+from lightning_uora.adapters.names import named_modules, named_parameters, unwrapped
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.specialise import specialise, unspecialise
@@ -109,12 +111,8 @@ def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None
     heights = {sum(part.m for part in found.values()) for found in parts.values()}
     owner = Projections(config, widths, heights, device, dtype)
     owner.left, owner.kept, owner.adapted = selection.left, selection.kept, selection.adapted
-    owner.requires_grad_before = [
-        (module, leaf, p.requires_grad)
-        for module in root.modules()
-        for leaf, p in module._parameters.items()
-        if p is not None
-    ]
+    owner.requires_grad_before = {n: p.requires_grad for n, p in named_parameters(root, every=True).items()}
+    owner.root = weakref.ref(root)
     key = next(k for k in _keys() if k not in root._modules)
     root.register_module(key, owner)
     one = Attachment("", root, owner, key)
@@ -163,16 +161,17 @@ def detach_uora(model: nn.Module, merge: bool = False) -> None:
 
 
 def _detach(one: Attachment) -> None:
-    forget_resizing(one)
+    within, whole = one.within, whole_of(one)
     for _, adapted in one.layers:
         unspecialise(adapted)
-    if one.key is not None:
-        del one.root._modules[one.key]
-    inside = {id(module) for module in one.root.modules()}
-    for module, leaf, before in one.owner.requires_grad_before:
-        parameter = module._parameters.get(leaf)
-        if parameter is not None and id(module) in inside:
-            parameter.requires_grad_(before)
+    if whole is not None and whole.key is not None and not whole.layers:  # of a part too, the owner goes
+        forget_resizing(whole)
+        del whole.root._modules[whole.key]
+        one, within = whole, ""
+    parameters = named_parameters(one.root, every=True)
+    for name, before in one.owner.requires_grad_before.items():
+        if name.startswith(within) and (p := parameters.get(name.removeprefix(within))) is not None:
+            p.requires_grad_(before)
 
 
 # Note [Shared weights]
@@ -295,8 +294,7 @@ def _freeze(one: Attachment, selection: Selection, config: UORAConfig) -> None:
 
     What other adapters at this root train goes on to do so. A weight that is tied trains as a whole.
     """
-    others = [other for other in attachments(one.root) if other.owner is not one.owner]
-    trains = {id(v) for v in vectors_in(one.root)}.union(*(other.owner.trained_ids() for other in others))
+    trains = recorded_ids(one.root)
     heads, bare = tuple(f"{name}." for name in selection.trained), set(selection.trained)
     biased = {name for name, _ in one.layers}
     for path, module in named_modules(one.root).items():
@@ -308,7 +306,7 @@ def _freeze(one: Attachment, selection: Selection, config: UORAConfig) -> None:
                 config.bias == "all" or (config.bias == "adapted" and path in biased)
             )
             if name in bare or name.startswith(heads) or bias:
-                one.owner.trained.append((module, leaf))
-    trains |= one.owner.trained_ids()
+                one.owner.trained.append(name)
+    trains = recorded_ids(one.root)
     for parameter in one.root.parameters():
         parameter.requires_grad_(id(parameter) in trains)

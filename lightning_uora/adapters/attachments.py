@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,17 +17,20 @@ __all__ = [
     "attachment_of",
     "attachments",
     "is_adapted",
+    "recorded_ids",
     "require_attachments",
     "trained_names",
     "trained_parameters",
     "vectors_in",
+    "whole_of",
 ]
 
 # Note [What trains]
-# It is decided when adapters are attached and written down with the owner of A and B: modules and the names
-# of their parameters. It is not read back from requires_grad, which freeze(), GANs and callbacks move for a
-# while. What the user lets train besides, by hand, is added when training starts and when something is
-# saved. Parameters are matched by identity, so that a tied one counts under any of its names.
+# It is decided when adapters are attached and written down, by name, with the owner of A and B. It is not
+# read back from requires_grad, which freeze(), GANs and callbacks move for a while. What the user lets train
+# besides, by hand, is added when training starts and when something is saved; also what lies outside of the
+# root, as it is named there. Names find parameters, which are then matched by identity: a tied one counts
+# under any of its names. The owner holds no module, or a copy of one layer would copy the whole model.
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class Attachment:
         return f"{self.path}." if self.path else ""
 
     @property
+    def within(self) -> str:
+        """What names of the whole begin with in a part; empty for the whole."""
+        if self.key is not None:
+            return ""
+        name, layer = self.layers[0]
+        return self.owner.adapted[layer.layer_index].removesuffix(name)
+
+    @property
     def layers(self) -> list[tuple[str, AdaptedModule]]:
         """(plain name within the root, module) of this owner's adapted modules, in model order."""
         return [
@@ -68,10 +80,19 @@ def attachments(model: nn.Module) -> list[Attachment]:
         for key, child in module._modules.items()
         if isinstance(child, Projections)
     ]
+    for one in found:
+        one.owner.root = weakref.ref(one.root)  # a copy does not know its own yet
     if found:
         return found
     owners = {id(module._uora.owner): module._uora.owner for _, module in adapted_modules(model)}
     return [Attachment("", model, owner, None) for owner in owners.values()]
+
+
+def whole_of(part: Attachment) -> Attachment | None:
+    """Of a part what it is a part of; None where that is gone, or the part is a copy."""
+    root = part.owner.root() if part.owner.root is not None else None
+    found = [] if root is None else attachments(root)
+    return next((one for one in found if one.owner is part.owner), None)
 
 
 def require_attachments(model: nn.Module, action: str) -> list[Attachment]:
@@ -118,21 +139,28 @@ def vectors_in(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(v for layer in layers for v in (layer.uora_d, layer.uora_b)))
 
 
-def _trained_ids(model: nn.Module) -> set[int]:
-    found = {id(v) for v in vectors_in(model)}
-    found |= {id(p) for p in model.parameters() if p.requires_grad}
-    return found.union(*(one.owner.trained_ids() for one in attachments(model)))
-
-
-def adopt(model: nn.Module) -> list[str]:
-    """Write down what trains besides by the user's hand; its names, plain, within ``model``."""
-    new = list[str]()
+def recorded_ids(model: nn.Module) -> set[int]:
+    """Identities of d, b and what is written down to train in ``model``; see Note [What trains]."""
+    found, every = {id(v) for v in vectors_in(model)}, named_parameters(model, every=True)
     for one in attachments(model):
-        known = one.owner.trained_ids() | {id(v) for v in vectors_in(model)}
-        for module_name, module in named_modules(one.root).items():
-            for leaf, p in module._parameters.items():
-                if p is not None and p.requires_grad and id(p) not in known:
-                    known.add(id(p))
-                    one.owner.trained.append((module, leaf))
-                    new.append(".".join(part for part in (one.path, module_name, leaf) if part))
-    return new
+        inside = [n.removeprefix(one.within) for n in one.owner.trained if n.startswith(one.within)]
+        names = [f"{one.prefix}{name}" for name in inside] + one.owner.outside.get(one.prefix, [])
+        found |= {id(every[name]) for name in names if name in every}
+    return found
+
+
+def _trained_ids(model: nn.Module) -> set[int]:
+    return recorded_ids(model) | {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def adopt(model: nn.Module) -> None:
+    """Write down what trains besides by the user's hand."""
+    found, known = [one for one in attachments(model) if one.key is not None], recorded_ids(model)
+    for name, p in named_parameters(model).items():
+        if not found or not p.requires_grad or id(p) in known:
+            continue
+        home = next((one for one in found if name.startswith(one.prefix)), None)
+        if home is not None:
+            home.owner.trained.append(name.removeprefix(home.prefix))
+        else:
+            found[0].owner.outside.setdefault(found[0].prefix, []).append(name)

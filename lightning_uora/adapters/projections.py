@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -85,11 +86,15 @@ class Projections(nn.Module):
         super().__init__()
         self.config = config
         self.disabled = 0
-        self.requires_grad_before: list[tuple[nn.Module, str, bool]] = []
+        self.requires_grad_before: dict[str, bool] = {}
         self.left: tuple[str, ...] = ()  # the user's own layers that stay frozen at their start
         self.adapted: tuple[str, ...] = ()  # names of its layers within the root, by their index
         self.kept: tuple[str, ...] = ()  # parts that the user froze, beside parts that train
-        self.trained: list[tuple[nn.Module, str]] = []  # what trains besides d and b, see Note [What trains]
+        self.trained: list[str] = []  # besides d and b, within the root: see Note [What trains]
+        self.outside: dict[
+            str, list[str]
+        ] = {}  # likewise around it, by what the root's names begin with there
+        self.root: weakref.ref[nn.Module] | None = None  # which was attached to
         self.record: list[dict[str, Any]] = []
         self.base_prints: dict[str, tuple[Any, list[Any]]] = {}
         self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"
@@ -111,7 +116,7 @@ class Projections(nn.Module):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "elsewhere": {}}
+        return {**self.__dict__, "elsewhere": {}, "root": None}
 
     def down(self, n: int, layer: int | None = None) -> Tensor:
         """A for width n, shape (r, n): the layer's own once it has refreshed it, else the shared one."""
@@ -153,10 +158,6 @@ class Projections(nn.Module):
             shared = cast(Tensor, self._buffers[name.rpartition("_")[0]])
             self.register_buffer(name, shared.clone())
         return cast(Tensor, self._buffers[name])
-
-    def trained_ids(self) -> set[int]:
-        """Identities of the parameters that train besides d and b, see Note [What trains]."""
-        return {id(module._parameters.get(leaf)) for module, leaf in self.trained}
 
     @property
     def uncalibrated(self) -> bool:

@@ -60,7 +60,7 @@ def save_adapter(
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
-    one = whole_of(model)
+    one = seen_from(model)
     owner = one.owner
     owner.require_calibrated("saving an adapter")
     manifest = describe(one)
@@ -123,7 +123,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
-def whole_of(model: nn.Module) -> Attachment:
+def seen_from(model: nn.Module) -> Attachment:
     """The adapted model in ``model``, with names as of ``model`` where that holds all of it."""
     one = attachment_of(model, "saving an adapter")
     return Attachment("", model, one.owner, one.key) if one.path else one

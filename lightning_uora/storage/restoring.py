@@ -69,14 +69,10 @@ def _require_whole(one: Attachment, layers: Mapping[str, AdaptedModule]) -> None
     gone = [name for index, name in enumerate(one.owner.adapted) if index not in here]
     if gone and one.key is not None:
         raise ValueError(
-            f"adapted modules are no longer in the model: {few(gone)}. They were replaced after attach_uora "
-            "(resized?), and what they learned is not here."
+            f"adapted modules are no longer in the model: {few(gone)}. They were replaced or detached since "
+            "attach_uora, and what they learned is not here."
         )
-    inside = {id(p) for p in one.root.parameters()}
-    outside = [
-        f"{type(m).__name__}.{leaf}" for m, leaf in one.owner.trained if m._parameters.get(leaf) is not None
-    ]
-    outside = outside if not one.owner.trained_ids() - {id(None)} <= inside and one.key is None else []
+    outside = [n for n in one.owner.trained if not n.startswith(one.within)] if one.key is None else []
     if gone or outside:
         raise ValueError(
             f"this part does not hold all that was trained: {few(gone or outside)} lie(s) outside; give the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -261,3 +262,48 @@ def test_a_model_on_meta_runs_and_gets_its_storage_by_assignment(compute):
         for number, (_, module) in enumerate(named_adapters(one)):
             nn.init.normal_(module.uora_b, generator=torch.Generator().manual_seed(number))
     torch.testing.assert_close(run(model, x), run(other, x))
+
+
+def test_a_copy_of_a_layer_copies_nothing_else():
+    """Pickled, a layer of a model with a large embedding is as small as one of a model without."""
+    sizes = []
+    for rows in (1, 5_000):
+        model = nn.ModuleDict(
+            {"body": nn.Linear(6, 5), "table": nn.Embedding(rows, 40), "head": nn.Linear(5, 2)}
+        )
+        attach_uora(model, UORAConfig(rank=3, target_modules=["body"], trainable_modules=["head"]))
+        sizes.append(len(pickle.dumps(model["body"])))
+        assert copy.deepcopy(model["body"])._uora.owner is not model.uora_projections
+    assert abs(sizes[1] - sizes[0]) < 100
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_detaching_the_part_that_holds_everything_leaves_nothing_behind(copied):
+    whole = Around(net())
+    keys, trains = list(whole.state_dict()), {n: p.requires_grad for n, p in whole.named_parameters()}
+    attach_uora(whole, UORAConfig(rank=3, target_modules=["body.*"], trainable_modules=()))
+    if copied:
+        whole = copy.deepcopy(whole)
+        assert summarize(whole).layers
+    detach_uora(whole.model.body)
+    assert list(whole.state_dict()) == keys
+    assert {n: p.requires_grad for n, p in whole.named_parameters()} == trains
+    assert attach_uora(whole, UORAConfig(rank=2, target_modules=["body.0"])) == ["model.body.0"]
+    assert "uora_projections" in dict(whole.named_children())
+
+
+def test_a_head_around_the_root_is_in_the_file_after_freeze(tmp_path):
+    def build() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(6, 6)), "head": nn.Linear(6, 3)})
+
+    model = build()
+    attach_uora(model["backbone"], UORAConfig(rank=3, target_modules=["0"]))
+    save_adapter(model, tmp_path / "before")  # what trains is written down when something is saved
+    with torch.no_grad():
+        model["head"].weight.add_(1.0)
+    model.requires_grad_(False)
+    save_adapter(model, tmp_path / "after")
+    other = build()
+    load_adapter(other, tmp_path / "after")
+    assert torch.equal(other["head"].weight, model["head"].weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["Kept", "keepable"]
 
-SAMPLE = 256
+SAMPLE = 128
 WHOLE = 2_048
 
 # Note [When the effective weight is kept]
@@ -39,12 +39,11 @@ def keepable(t: Tensor) -> bool:
 
 
 def _probe(t: Tensor, whole: bool) -> Tensor:
-    """Numbers by which a change of ``t`` shows; a view where that is all of them."""
+    """A view of the numbers by which a change of ``t`` shows."""
     t, count = t.detach(), t.numel()
-    if whole or count <= WHOLE:
+    dense = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) == count
+    if whole or count <= WHOLE or not dense:
         return t
-    if not (t.is_contiguous() or t.t().is_contiguous() if t.dim() == 2 else t.is_contiguous()):
-        return t.reshape(-1)[:: count // SAMPLE]
     return t.as_strided((SAMPLE,), ((count - 1) // (SAMPLE - 1),), t.storage_offset())
 
 
@@ -54,12 +53,21 @@ def _key(sources: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 @dataclass
 class Kept:
-    """An effective weight with what it was made from: W, A, B, d and b, in this order, at a dtype."""
+    """An effective weight with what it was made from: W, A, B, d and b, in this order, at a dtype.
+
+    Attributes:
+        dtype: Of the products.
+        sources: What it was made from.
+        key: Where they were in memory, at which versions.
+        probes: Views of them, and the numbers that were there.
+        weight: The effective weight.
+        version: Of the weight.
+    """
 
     dtype: torch.dtype
     sources: tuple[Tensor, ...]
     key: tuple[Any, ...]
-    probes: list[Tensor]
+    probes: list[tuple[Tensor, Tensor]]
     weight: Tensor | None = None
     version: int = 0
 
@@ -70,7 +78,8 @@ class Kept:
             key = _key(sources)
         except RuntimeError:  # inference tensors have no version, functorch's and fake ones no pointer
             return None
-        return cls(dtype, sources, key, [_probe(t, i > 2).clone() for i, t in enumerate(sources)])
+        views = [_probe(t, whole=place > 2) for place, t in enumerate(sources)]
+        return cls(dtype, sources, key, [(view, view.clone()) for view in views])
 
     def hold(self, weight: Tensor) -> None:
         """Keep the weight that was built."""
@@ -85,6 +94,5 @@ class Kept:
             same = self.key == _key(sources)
         except RuntimeError:
             return None
-        probes = zip(self.probes, sources, strict=True)
-        same = same and all(torch.equal(p, _probe(t, i > 2)) for i, (p, t) in enumerate(probes))
+        same = same and all(torch.equal(now, before) for now, before in self.probes)  # in the same memory
         return self.weight if same else None

@@ -158,3 +158,23 @@ def test_two_threads_share_no_weight_of_a_forward():
         thread.join()
     assert not failed
     assert not model._uora.held
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
+def test_a_write_is_seen_in_any_memory_layout(layout):
+    """A probe must be a view: of a copy it would compare the copy with itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(20, 24, 3))
+    if layout == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    else:
+        model[0].weight = nn.Parameter(torch.randn(24, 40, 3, 3)[:, ::2])
+    attach_uora(model, UORAConfig(rank=3, target_modules=["0"], trainable_modules=()))
+    nn.init.normal_(model[0].uora_b)
+    x, W = torch.randn(1, 20, 5, 5), model.eval()[0]._parameters["weight"]
+    assert W.numel() > 2_048
+    with torch.no_grad():
+        before = model(x)
+        W.data.mul_(2.0)
+        after = model(x)
+    assert (after - before).abs().max() > 0.01

@@ -522,3 +522,14 @@ def test_every_kind_of_layer_is_merged_as_detaching_would(tmp_path, inner: bool,
     plain = Zoo.load_from_checkpoint(tmp_path / "plain.ckpt", **TENSORS_ONLY).to(dtype)
     x = torch.randn(1, 3, 8, 8, dtype=dtype)
     assert torch.equal(plain(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_merge_into_a_file_of_a_shared_weight_is_refused(tmp_path, capsys, kind):
+    _, _, path = tied_checkpoint(tmp_path, target_modules=["first"], trainable_modules=(), checkpoint=kind)
+    named = ["--class", "tests.test_cli:TiedToy"] if kind == "adapter" else []
+    torch.manual_seed(4)
+    assert main(["merge", str(path), str(tmp_path / "plain.ckpt"), *named]) == 2
+    assert "is one with another weight of the model" in capsys.readouterr().err
+    assert not (tmp_path / "plain.ckpt").exists()

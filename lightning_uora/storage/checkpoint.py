@@ -137,7 +137,8 @@ class CheckpointHooks:
     def _require_all(self, checkpoint: dict[str, Any]) -> None:
         """Every number that trained is in the checkpoint, or there is none."""
         held = {plain(key) for key in checkpoint.get("state_dict", ())}
-        lost = [name for name in trained_parameters(self.module) if name not in held]
+        trained = trained_parameters(self.module)  # pruned ones are saved as they compute, without _orig
+        lost = [name for name in trained if not held & {name, name.removesuffix("_orig")}]
         if lost and not is_sharded(self.module):
             raise ValueError(
                 f"on_save_checkpoint of {type(self.module).__name__} leaves out {few(lost)}, which trained; "

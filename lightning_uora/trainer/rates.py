@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -97,7 +97,8 @@ def set_vector_rates(
         place = optimizers.index(move.optimizer)
         before = saved[place] if saved and place < len(saved) else None
         _carry_out(move, rate, vector_lr == "auto", before)
-    if saved is not None and last:
+    makes_groups = any(isinstance(one, BaseFinetuning) for one in callbacks_of(trainer))  # and restores them
+    if saved is not None and last and not makes_groups:
         _check_saved(optimizers, saved, vector_lr)
     return [group for one in optimizers for group in one.param_groups if id(group) not in known]
 

@@ -78,3 +78,15 @@ def test_a_weight_that_changed_its_shape_otherwise_is_told():
     layer._parameters["weight"].data = torch.zeros(20, 16)
     with pytest.raises(ValueError, match=r"was 16 x 16 and is now \(20, 16\); call detach_uora"):
         _ = layer.weight
+
+
+def test_b_of_other_layers_of_the_same_height_stays():
+    """The vocabulary is as large as the hidden size: the query shares B with the output layer."""
+    model = llama(tied=False)
+    model.resize_token_embeddings(16, mean_resizing=False)
+    attach_uora(model, UORAConfig(4, ["q_proj", "lm_head"], trainable_modules=()))
+    for _, module in named_adapters(model):
+        nn.init.normal_(module.uora_b)
+    before = model(IDS).logits
+    model.resize_token_embeddings(20, mean_resizing=False)
+    torch.testing.assert_close(model(IDS).logits[..., :16], before, atol=1e-5, rtol=1e-5)

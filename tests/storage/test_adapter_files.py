@@ -21,6 +21,7 @@ from lightning_uora import (
     ReinitSchedule,
     UORAConfig,
     attach_uora,
+    detach_uora,
     load_adapter,
     named_adapters,
     refresh,
@@ -286,3 +287,15 @@ def test_an_unknown_way_to_meet_another_base_is_refused(tmp_path):
     save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="base_mismatch='ignore' is not allowed"):
         load_adapter(other, tmp_path, base_mismatch="ignore")
+
+
+def test_a_base_that_was_written_between_two_saves_has_new_fingerprints(tmp_path):
+    """Through `.data`, which moves no version."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5))
+    attach_uora(model, UORAConfig(rank=2, target_modules=["0"], trainable_modules=()))
+    save_adapter(model, tmp_path)
+    model[0]._parameters["weight"].data.mul_(2.0)
+    save_adapter(model, tmp_path)
+    detach_uora(model)
+    assert load_adapter(model, tmp_path) == ["0"]

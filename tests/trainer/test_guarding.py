@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from torch import nn
 
 from lightning_uora import load_adapter, save_adapter
-from tests.toys import Toy, callback, data, trainer
+from tests.toys import TENSORS_ONLY, Toy, callback, data, trainer
 
 
 def base(model: Toy) -> dict[str, torch.Tensor]:
@@ -57,6 +57,21 @@ def test_what_is_unfrozen_during_the_run_stays_frozen_and_is_named(cls, other, f
     assert len(lines) == 1
     assert "body.0.weight" in lines[0]
     assert ("(by Unfreezes?)" in lines[0]) == (other is Unfreezes)
+    assert not any(p.requires_grad for n, p in model.body.named_parameters() if "uora" not in n)
+    assert model.body[0].uora_b.abs().sum() > 0
+
+
+def test_a_run_with_a_finetuning_callback_resumes(tmp_path):
+    """That callback makes an optimizer group during the run, and makes it again when it resumes."""
+    run = trainer(callback(), Unfreezes(), max_epochs=2)
+    with pytest.warns(UserWarning, match="began to require gradients"):
+        run.fit(Toy(), data())
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    model = Toy()
+    path = {"ckpt_path": tmp_path / "two.ckpt", **TENSORS_ONLY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(callback(), Unfreezes(), max_epochs=3).fit(model, data(), **path)
     assert model.body[0].uora_b.abs().sum() > 0
 
 

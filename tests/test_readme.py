@@ -63,8 +63,8 @@ def test_the_lines_for_vision_and_text_train(small):
     for trainer, rate in ((vision, 1e-4), (text, 2e-5)):
         assert vectors_moved(trainer)
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        assert rates == [rate, auto_rate(2)]
-    assert f"`uora_vectors`, at {AUTO_RATE:g} under" in README
+        assert rates == [rate, auto_rate(2, 4)]
+    assert f"without weight decay, at {AUTO_RATE:g} under" in README
     assert sum(m.uora_d.numel() == 256 for m in vision.lightning_module.modules() if hasattr(m, "uora_d"))
 
 

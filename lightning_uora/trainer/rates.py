@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_uora.adapters import Attachment, vectors_in
-from lightning_uora.trainer.schedules import peak_rate
+from lightning_uora.trainer.schedules import is_gentle, peak_rate
 from lightning_uora.trainer.steps import callbacks_of, total_steps
 from lightning_uora.trainer.vector_groups import Move, moves, obstacle, split, take_in
 
@@ -32,8 +32,8 @@ __all__ = [
 
 VectorRate = float | Literal["auto"] | None
 
-AUTO_RATE, LONG_RUN, MOST = 1e-2, 1_000, 5.0
-"""The vectors' rate under optimizers of Adam's kind; in runs of fewer steps, up to MOST times it."""
+AUTO_RATE, LONG_RUN, MOST, FEW_LAYERS, GENTLE = 1e-2, 1_000, 5.0, 12, 2.5
+"""The vectors' rate under optimizers of Adam's kind, and what moves it, see Note [The automatic rate]."""
 SLOW = 1e-3
 """Below this rate an optimizer of Adam's kind hardly moves the vectors in a usual run."""
 WRITE = "param_groups(self, lr=..., vector_lr={rate:g})"
@@ -41,26 +41,36 @@ WRITE = "param_groups(self, lr=..., vector_lr={rate:g})"
 
 # Note [The automatic rate]
 # An optimizer of Adam's kind moves a number by about its rate in every step, so that what a run can reach is
-# rate x steps, and short runs need more. On validation rows of one seed (MiniLM, a ViT, a GPT-2; 80 to 240
-# steps) 1e-2 was too little with warm-up and decay, and rates up to 5e-2 did little harm without; the table
-# is in benchmarks/NOTES.md. Runs of 1,000 steps and more were not measured; 1e-2 is cautious.
-# A warm-up of the vectors alone did not pay at these rates.
+# rate x steps, and short runs need more. Warm-up and decay take away half of that and make the ends gentle:
+# more is needed and more is safe. Many adapted layers add up: they need less. So: 0.01, times the root of
+# 1,000 / steps (1 to 5), times the root of 12 / layers (at most 1), times 2.5 where the schedule warms up and
+# decays. Chosen on validation rows of four seeds (MiniLM with 12 and with 36 layers, a ViT with 24, a GPT-2
+# with 16; 80 to 240 steps), see benchmarks/NOTES.md. Runs of over 1,000 steps were not measured.
+# A warm-up of the vectors alone did not pay.
 
 
-def auto_rate(steps: int | None) -> float:
+def auto_rate(steps: int | None, layers: int = FEW_LAYERS, gentle: bool = False) -> float:
     """The vectors' rate for ``vector_lr="auto"``, see Note [The automatic rate].
 
     Args:
         steps: Optimizer steps of the run; None where it has no known end.
+        layers: How many are adapted.
+        gentle: The schedule warms up and decays.
     """
-    if not steps:
-        return AUTO_RATE
-    return float(f"{AUTO_RATE * min(MOST, max(1.0, math.sqrt(LONG_RUN / steps))):.2g}")
+    short = min(MOST, max(1.0, math.sqrt(LONG_RUN / steps))) if steps else 1.0
+    many = math.sqrt(FEW_LAYERS / max(FEW_LAYERS, layers))
+    return float(f"{AUTO_RATE * short * many * (GENTLE if gentle else 1.0):.2g}")
 
 
-def _automatic(trainer: Trainer) -> float:
+def _steps(trainer: Trainer) -> int | None:
     trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does: how long is the run?
-    return auto_rate(total_steps(trainer))
+    return total_steps(trainer)
+
+
+def _times(config: Any, steps: int | None, epochs: int | None) -> int | None:
+    """How often a schedule will be stepped; None where that is not known."""
+    units = steps if config.interval == "step" else epochs
+    return units // config.frequency if units and units > 0 else None
 
 
 def set_vector_rates(
@@ -89,13 +99,18 @@ def set_vector_rates(
             groups are not those that ``vector_lr`` leads to.
     """
     optimizers = [one for one in trainer.strategy.optimizers if type(one).__name__ != "_MockOptimizer"]
-    schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
-    rate = _automatic(trainer) if vector_lr == "auto" else vector_lr
+    configs = trainer.strategy.lr_scheduler_configs
+    schedulers = [config.scheduler for config in configs]
+    steps = _steps(trainer) if vector_lr == "auto" else None
+    ends = {id(one.scheduler): _times(one, steps, trainer.max_epochs) for one in configs}
+    layers = sum(len(one.layers) for one in mine)
     known = {id(group) for one in optimizers for group in one.param_groups}
     vectors = dict.fromkeys(v for one in mine for _, m in one.layers for v in (m.uora_d, m.uora_b))
     for move in moves(optimizers, schedulers, list(vectors), vectors_in(pl_module)):
         place = optimizers.index(move.optimizer)
         before = saved[place] if saved and place < len(saved) else None
+        gentle = any(is_gentle(one, move.place, ends[id(one)]) for one in move.schedulers)
+        rate = auto_rate(steps, layers, gentle) if vector_lr == "auto" else vector_lr
         _carry_out(move, rate, vector_lr == "auto", before)
     makes_groups = any(isinstance(one, BaseFinetuning) for one in callbacks_of(trainer))  # and restores them
     if saved is not None and last and not makes_groups:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-__all__ = ["follow", "own_shape", "peak_rate", "unknown_schedulers"]
+__all__ = ["follow", "is_gentle", "own_shape", "peak_rate", "unknown_schedulers"]
 
 # Note [A schedule and its groups]
 # A scheduler keeps lists with an entry for each group (base_lrs, lr_lambdas, max_lrs, min_lrs, _last_lr), and
@@ -58,6 +58,36 @@ def peak_rate(schedulers: Sequence[Any], place: int, group: Mapping[str, Any] | 
         group = one.optimizer.param_groups[place]
     assert group is not None
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+DECAYING = (lr_scheduler.OneCycleLR, lr_scheduler.CosineAnnealingLR, lr_scheduler.PolynomialLR)
+
+
+def is_gentle(one: Any, place: int, end: int | None) -> bool:
+    """Whether a schedule that has not begun warms a group up from half its peak or less, and ends there.
+
+    Args:
+        one: The scheduler.
+        place: Of the group.
+        end: How often it will be stepped; None where that is not known.
+    """
+    group = one.optimizer.param_groups[place]
+    half = 0.5 * peak_rate([one], place, group)
+    return float(group["lr"]) <= half and _last_rate(one, place, end) <= half
+
+
+def _last_rate(one: Any, place: int, end: int | None) -> float:
+    """The rate at the end of the run; infinite where the schedule does not say."""
+    if isinstance(one, lr_scheduler.SequentialLR):
+        end = None if end is None else end - one._milestones[-1]
+        return _last_rate(one._schedulers[-1], place, end)
+    if isinstance(one, DECAYING):
+        return 0.0
+    if end is not None and end > 0 and isinstance(one, lr_scheduler.LambdaLR):
+        return float(one.base_lrs[place] * one.lr_lambdas[place](end))
+    if end is not None and end > 0 and _is_timm(one) and hasattr(one, "_get_lr"):
+        return float(one._get_lr(end)[place])
+    return float("inf")
 
 
 def own_shape(schedulers: Sequence[Any], place: int) -> tuple[Any, ...]:

@@ -41,9 +41,14 @@ class Move:
     alone: list[int] = field(default_factory=list)
 
     @property
+    def place(self) -> int:
+        """Of the group that the vectors, or the first of them, come from."""
+        return next(iter([*self.found, *self.alone]), 0)
+
+    @property
     def rate(self) -> float:
         """The rate at which the vectors would train if nothing were done."""
-        return self.peak(next(iter([*self.found, *self.alone]), 0))
+        return self.peak(self.place)
 
     def peak(self, place: int) -> float:
         """The highest rate that a group comes to."""

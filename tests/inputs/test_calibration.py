@@ -605,6 +605,9 @@ def _rank_calibrates(rank: int, path: str, port: int) -> None:
     except ValueError as error:
         own_error = str(error)
     torch.save((dict(projections_of(model).named_buffers()), own_error), f"{path}/{rank}.pt")
+    # torch 2.7 holds the GIL here while it waits for a thread that may still be freeing the last object that
+    # was gathered: without the barrier it can wait for ever
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

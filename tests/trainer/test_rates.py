@@ -20,6 +20,7 @@ from torch.optim import lr_scheduler as S  # noqa: N812 - many names of it
 
 from lightning_uora import ReinitSchedule, UORACallback, attach_uora, param_groups
 from lightning_uora.trainer.rates import auto_rate
+from lightning_uora.trainer.schedules import peak_rate
 from tests.toys import BUILT, Toy, callback, data, equal_batches, trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when")
@@ -348,6 +349,62 @@ def test_auto_gives_the_vectors_a_group_wherever_the_model_is_built(toy):
 )
 def test_the_automatic_rate_is_absolute_and_higher_in_short_runs(steps, rate):
     assert auto_rate(steps) == rate
+
+
+@pytest.mark.parametrize(
+    ("layers", "gentle", "rate"), [(1, False, 0.02), (48, False, 0.01), (12, True, 0.05), (48, True, 0.025)]
+)
+def test_the_automatic_rate_is_lower_for_many_layers_and_higher_with_warm_up_and_decay(layers, gentle, rate):
+    assert auto_rate(250, layers, gentle) == rate
+
+
+def _warm(step):
+    return min(1.0, (step + 1) / 4)
+
+
+GENTLE = {
+    "constant": (lambda o: S.LambdaLR(o, lambda step: 1.0), False),
+    "warm-up alone": (lambda o: S.LambdaLR(o, _warm), False),
+    "decay alone": (lambda o: S.CosineAnnealingLR(o, 8), False),
+    "both": (lambda o: S.LambdaLR(o, lambda step: _warm(step) * max(0.0, 1 - step / 8)), True),
+    "one cycle": (lambda o: S.OneCycleLR(o, 1e-3, total_steps=8), True),
+    "sequence": (
+        lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.1, total_iters=2), S.CosineAnnealingLR(o, 6)], [2]),
+        True,
+    ),
+    "sequence that stays": (
+        lambda o: S.SequentialLR(
+            o, [S.LinearLR(o, 0.1, total_iters=2), S.LambdaLR(o, lambda step: 1.0)], [2]
+        ),
+        False,
+    ),
+    "transformers": (lambda o: transformers.get_cosine_schedule_with_warmup(o, 2, 8), True),
+    "transformers, warm-up alone": (lambda o: transformers.get_constant_schedule_with_warmup(o, 2), False),
+    "timm": (lambda o: timm.scheduler.CosineLRScheduler(o, 8, warmup_t=2, warmup_lr_init=1e-6), True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step()")
+@pytest.mark.parametrize("schedule", GENTLE)
+def test_the_rate_is_higher_where_the_schedule_warms_up_and_decays(schedule):
+    make, gentle = GENTLE[schedule]
+
+    class Scheduled(Toy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": make(optimizer), "interval": "step"},
+            }
+
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.global_step) if "timm" in type(scheduler).__module__ else scheduler.step()
+
+    run = trainer(callback())
+    run.fit(Scheduled(), data())
+    schedulers = [config.scheduler for config in run.lr_scheduler_configs]
+    base = schedulers[0].base_values[1] if schedule == "timm" else peak_rate(schedulers, 1)
+    assert base == auto_rate(8, 2, gentle)
 
 
 def test_groups_with_and_without_decay_give_one_group_of_vectors():

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from one_line_runs import LineRun
-from quality_methods import Method, build
+from quality_methods import POLICIES, Method, build
 from quality_tasks import Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -71,6 +71,7 @@ def callbacks(task: Task, run: LineRun) -> list[UORACallback]:
             target_modules=task.names,
             trainable_modules=[task.head] if task.head else (),
             seed=run.seed,
+            reinit=POLICIES[run.refresh],
             **init,
         )
     ]

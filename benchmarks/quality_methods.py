@@ -31,7 +31,7 @@ POLICIES: dict[str, ReinitSchedule | None] = {
     "late": ReinitSchedule(threshold=0.5, interpolation=0.5, start=0.1, stop=0.6),
 }
 """Schedules of refreshes by the name that they have in the table; all but "late" between 3 and 20 % of the
-steps, four times. "lambda-0.2" is the default.
+steps, four times. "lambda-0.2" was the default when they were made.
 """
 
 

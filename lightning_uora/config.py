@@ -98,7 +98,9 @@ class ReinitSchedule:
     Args:
         every_n_steps: Steps between refreshes: at ``start``, ``start + n``, ..., but never at step 0, before
             anything has trained. None: four, evenly spread over the window.
-        threshold: An entry whose score is below it is weak.
+        threshold: An entry whose score is below it is weak. The default takes about 6 % of half-normal
+            entries, so that four refreshes turn less than a quarter of a layer's rows; 0.5 would take the
+            lower third.
         threshold_mode: ``"relative"`` to the layer's mean score, ``"absolute"``, or ``"fraction"``: the
             lowest such share.
         max_fraction: At most this share of the rows in one refresh, the weakest first.
@@ -125,7 +127,7 @@ class ReinitSchedule:
     """
 
     every_n_steps: int | None = None
-    threshold: float = 0.5
+    threshold: float = 0.1
     threshold_mode: str = "relative"
     max_fraction: float = 0.25
     interpolation: float = 0.2

@@ -359,7 +359,9 @@ def sharded_runs(folder: Path) -> dict[str, Callable[[], Any]]:
     runs["resumes meta"] = lambda: ended(
         Meta(), uora(), path=folder / "sharded full file between steps.ckpt", **sharded(), **ACCUMULATE
     )
-    runs["exact"] = lambda: read("full", damaged(folder, lambda c: c["uora"]["exact"]["A_6_0"].mul_(1.0001)))
+    runs["exact"] = lambda: read(
+        "full", damaged(folder, lambda c: c["uora"]["exact"]["A_6_0:rows"].mul_(1.0001))
+    )
     runs["tools"] = lambda: tools(folder)
     runs["refused"] = lambda: refused(folder)
     return runs

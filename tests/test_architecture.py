@@ -44,7 +44,7 @@ INSIDE = {
         ("patches",),
     ),
     "reports": (("contents", "figures", "inspection", "meta_models", "progress", "report"),),
-    "reinit": (("schedule",), ("refresh",), ("growth",), ("weakness", "rotation")),
+    "reinit": (("schedule",), ("refresh",), ("growth", "known_rows"), ("weakness", "rotation")),
     "adapters": (
         ("attach",),
         ("resizing",),
@@ -53,6 +53,7 @@ INSIDE = {
         ("layers", "role_names"),
         ("kinds", "projections"),
         ("freshness", "functional", "draws", "effective", "names"),
+        ("own_rows",),
     ),
     "distributed": (("processes",), ("sharding",)),
 }

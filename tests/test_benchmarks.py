@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import dataclasses
 import importlib
 import math
 import runpy
@@ -261,9 +262,10 @@ def test_the_loop_calls_before_and_after_each_step_and_times_all_of_it(monkeypat
     assert min(seconds) > 0
 
 
-def test_the_policy_that_the_table_calls_the_default_is_it(monkeypatch):
+def test_the_policy_that_the_table_calls_the_default_differs_in_its_threshold_alone(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    assert importlib.import_module("quality_methods").POLICIES["lambda-0.2"] == ReinitSchedule()
+    policy = importlib.import_module("quality_methods").POLICIES["lambda-0.2"]
+    assert policy == dataclasses.replace(ReinitSchedule(), threshold=0.5)
 
 
 def test_the_rates_of_groups_by_hand_are_finer_and_those_of_lora_end_at_3e_2(line_runs):

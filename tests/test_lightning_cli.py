@@ -70,7 +70,10 @@ def test_yaml_alone_trains_adapters_with_a_nested_schedule(monkeypatch, folder):
 
 def test_an_optimizer_from_the_command_line_trains_the_adapters(monkeypatch, folder):
     """``--optimizer`` is built from the parameters before the adapters exist."""
-    config, rate = str(EXAMPLES / "cli/vision.yaml"), ["--optimizer", "AdamW", "--optimizer.lr", "0.03"]
+    config, rate = (
+        str(EXAMPLES / "cli/vision.yaml"),
+        ["--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.03"],
+    )
     made = cli(monkeypatch, folder, "fit", "--config", config, *rate, *ONE, *QUIET)
     assert made.trainer.optimizers[0].param_groups[0]["lr"] == 0.03
     vectors = [p for name, p in made.model.named_parameters() if name.endswith("uora_b")]

@@ -25,6 +25,7 @@ from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
+from lightning_uora.adapters.own_rows import packed, unpacked
 from lightning_uora.adapters.projections import (
     OWNER,
     Projections,
@@ -60,6 +61,7 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "one_thread",
+    "packed",
     "param_groups",
     "plain",
     "require_attachments",
@@ -67,6 +69,7 @@ __all__ = [
     "seeded_generator",
     "trained_names",
     "trained_parameters",
+    "unpacked",
     "unwrapped",
     "vectors_in",
 ]

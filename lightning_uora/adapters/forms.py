@@ -29,7 +29,7 @@ class AdaptedLinear(AdaptedModule):
         (part,) = self._uora.parts.values()
         W, bias = cast(Tensor, self._parameters[part.name]), cast("Tensor | None", self.bias)
         dropped = nn.functional.dropout(x, config.dropout, self.training) if drops else None
-        vectors = self._uora_tensors(part.n)
+        vectors = self._uora_sources(part.n)
         return factored_linear(x, W, bias, *vectors, dropped=dropped, transposed=part.transposed)
 
     def _uora_refuse_sharded(self) -> None:

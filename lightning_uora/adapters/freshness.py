@@ -53,7 +53,7 @@ def _key(sources: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 @dataclass
 class Kept:
-    """An effective weight with what it was made from: W, A, B, d and b, in this order, at a dtype.
+    """An effective weight with what it was made from: W, A, B, d, b and own rows, in this order, at a dtype.
 
     Attributes:
         dtype: Of the products.
@@ -78,7 +78,7 @@ class Kept:
             key = _key(sources)
         except RuntimeError:  # inference tensors have no version, functorch's and fake ones no pointer
             return None
-        views = [_probe(t, whole=place > 2) for place, t in enumerate(sources)]
+        views = [_probe(t, whole=place in (3, 4)) for place, t in enumerate(sources)]
         return cls(dtype, sources, key, [(view, view.clone()) for view in views])
 
     def hold(self, weight: Tensor) -> None:
@@ -87,7 +87,8 @@ class Kept:
 
     def fresh(self, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> Tensor | None:
         """The weight where nothing has changed, else None."""
-        same = self.dtype == dtype and all(a is b for a, b in zip(self.sources, sources, strict=True))
+        same = self.dtype == dtype and len(self.sources) == len(sources)  # own rows may have come
+        same = same and all(a is b for a, b in zip(self.sources, sources, strict=True))
         if not same or self.weight is None or self.weight._version != self.version:
             return None
         try:

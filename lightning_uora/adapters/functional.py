@@ -18,11 +18,14 @@ The adapted weight is ``W + diag(b) B diag(d) A`` (VeRA, arXiv:2310.11454, eq. 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_uora.adapters.own_rows import NOTHING, Own, put
 
 __all__ = [
     "add_delta",
@@ -77,7 +80,10 @@ def _wants_plain() -> bool:
     )
 
 
-def _delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _delta(
+    W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype, *own: Tensor | None
+) -> Tensor:
+    A, B = _whole(A, B, own)
     with _no_autocast(W.device):
         P = B.to(dtype) @ (d[:, None] * A).to(dtype)
         wide = torch.promote_types(W.dtype, b.dtype)
@@ -85,35 +91,62 @@ def _delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.d
         return torch.addcmul(W.to(wide), rows, P.to(wide).reshape(W.shape)).to(W.dtype)
 
 
+# The functions below name all six of Own's: torch.compile counts a starred argument of a Function wrongly.
+
+
+def _whole(A: Tensor, B: Tensor, own: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """A and B as one layer has them; ``own`` is in the order of :class:`Own`."""
+    rows, at, columns, columns_at, lines, lines_at = own
+    return put(A, 0, rows, at), put(put(B, 1, columns, columns_at), 0, lines, lines_at)
+
+
 class _AddDelta(torch.autograd.Function):
     @staticmethod
-    def forward(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        out = _delta(W, A, B, d, b, dtype)
+    def forward(
+        W: Tensor,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+        rows: Tensor | None,
+        at: Tensor | None,
+        columns: Tensor | None,
+        columns_at: Tensor | None,
+        lines: Tensor | None,
+        lines_at: Tensor | None,
+    ) -> Tensor:
+        out = _delta(W, A, B, d, b, dtype, rows, at, columns, columns_at, lines, lines_at)
         # W's memory format decides the kernel of a convolution, and the layout of what it returns
         return out if out.stride() == W.stride() else torch.empty_like(W).copy_(out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, A, B, d, b, ctx.dtype = inputs
-        ctx.save_for_backward(A, B, d, b)
+        _, A, B, d, b, ctx.dtype, *own = inputs
+        ctx.save_for_backward(A, B, d, b, *own)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (G,) = grad_outputs
-        A, B, d, b = ctx.saved_tensors
+        A, B, d, b, *own = ctx.saved_tensors
         grad_d = grad_b = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            A, B = _whole(A, B, own)
             Kt = A.to(ctx.dtype) @ G.reshape(b.numel(), -1).to(ctx.dtype).t()
             grad_d, grad_b = _vector_gradients(Kt, B, d, b)
-        return (G if ctx.needs_input_grad[0] else None), None, None, grad_d, grad_b, None
+        return (G if ctx.needs_input_grad[0] else None), None, None, grad_d, grad_b, None, *_NO_GRADIENT
 
 
-def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+_NO_GRADIENT = (None,) * len(NOTHING)
+
+
+def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = NOTHING) -> Tensor:
     """Effective weight ``W + diag(b) B diag(d) A``, differentiable in d and b (and in W where it trains).
 
     Saves only A, B, d and b for backward, never an (m, n) intermediate. With ``b = 0`` the result equals W
     exactly. The sum is formed in the wider of the dtypes of W and b, then rounded to W's. Inside autocast the
-    matrix products run in autocast's dtype, forward and backward.
+    matrix products run in autocast's dtype, forward and backward. ``own`` is what stands for rows and columns
+    of A and B here, see Note [Own rows].
 
     Shape:
         - ``W``: (m, n), or (m, ...) with the trailing axes multiplying to n; ``A``: (r, n); ``B``: (m, r);
@@ -124,8 +157,8 @@ def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     """
     dtype = compute_dtype(W.device, W.dtype)
     if _wants_plain():
-        return _delta(W, A, B, d, b, dtype)
-    result: Tensor = _AddDelta.apply(W, A, B, d, b, dtype)
+        return _delta(W, A, B, d, b, dtype, *own)
+    result: Tensor = _AddDelta.apply(W, A, B, d, b, dtype, *own)
     return result
 
 
@@ -148,8 +181,15 @@ class _FactoredLinear(torch.autograd.Function):
         b: Tensor,
         dtype: torch.dtype,
         transposed: bool,
+        rows: Tensor | None,
+        at: Tensor | None,
+        columns: Tensor | None,
+        columns_at: Tensor | None,
+        lines: Tensor | None,
+        lines_at: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         h = _linear(x, W, bias, transposed)
+        A, B = _whole(A, B, (rows, at, columns, columns_at, lines, lines_at))
         with _no_autocast(x.device):
             z = _rows(x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
             up = (b[:, None] * B).to(dtype).t()
@@ -162,16 +202,17 @@ class _FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, dropped, W, _, A, B, d, b, ctx.dtype, ctx.transposed = inputs
+        x, dropped, W, _, A, B, d, b, ctx.dtype, ctx.transposed, *own = inputs
         ctx.shape, ctx.x_dtype, ctx.drops = x.shape, x.dtype, dropped is not None
-        ctx.save_for_backward(A, B, d, b, output[1], W, x if ctx.needs_input_grad[2] else None)
+        ctx.save_for_backward(A, B, d, b, output[1], W, x if ctx.needs_input_grad[2] else None, *own)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g, grad_z = grad_outputs
-        A, B, d, b, z, W, x = ctx.saved_tensors
-        need_x, need_dropped, need_W, need_bias, *_, need_d, need_b, _, _ = ctx.needs_input_grad
+        A, B, d, b, z, W, x, *own = ctx.saved_tensors
+        A, B = _whole(A, B, own)
+        need_x, need_dropped, need_W, need_bias, _, _, need_d, need_b, *_ = ctx.needs_input_grad
         grad_x = grad_dropped = grad_W = grad_bias = grad_d = grad_b = u = None
         if g is not None:
             g = _rows(g)
@@ -195,7 +236,19 @@ class _FactoredLinear(torch.autograd.Function):
             grad_x = _add_product(grad_x, u, A.to(u.dtype))
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.shape)
-        return grad_x, grad_dropped, grad_W, grad_bias, None, None, grad_d, grad_b, None, None
+        return (
+            grad_x,
+            grad_dropped,
+            grad_W,
+            grad_bias,
+            None,
+            None,
+            grad_d,
+            grad_b,
+            None,
+            None,
+            *_NO_GRADIENT,
+        )
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -220,9 +273,11 @@ def _plain_factored(
     b: Tensor,
     dtype: torch.dtype,
     transposed: bool,
+    *own: Tensor | None,
 ) -> Tensor:
     """See Note [Plain operations]."""
     h = _linear(x, W, bias, transposed)
+    A, B = _whole(A, B, own)
     with _no_autocast(x.device):
         z = (x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
         return h + ((z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()).to(h.dtype)
@@ -244,6 +299,7 @@ def factored_linear(
     B: Tensor,
     d: Tensor,
     b: Tensor,
+    own: Own = NOTHING,
     *,
     dropped: Tensor | None = None,
     transposed: bool = False,
@@ -261,6 +317,7 @@ def factored_linear(
         B: Projection up.
         d: Vector between them.
         b: Vector on the output.
+        own: What stands for rows and columns of A and B here, see Note [Own rows].
         dropped: What the adapter sees in place of x (x with dropout).
         transposed: W is (n, m), as in transformers' ``Conv1D`` (which has a bias).
 
@@ -273,8 +330,8 @@ def factored_linear(
     """
     dtype = compute_dtype(x.device, x.dtype)
     if _wants_plain():
-        return _plain_factored(x, dropped, W, bias, A, B, d, b, dtype, transposed)
-    out, _ = _FactoredLinear.apply(x, dropped, W, bias, A, B, d, b, dtype, transposed)
+        return _plain_factored(x, dropped, W, bias, A, B, d, b, dtype, transposed, *own)
+    out, _ = _FactoredLinear.apply(x, dropped, W, bias, A, B, d, b, dtype, transposed, *own)
     result: Tensor = out
     return result
 

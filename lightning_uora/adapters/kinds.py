@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_uora.adapters.functional import add_delta
+from lightning_uora.adapters.own_rows import NOTHING, Own
 
 __all__ = ["Part", "has_plain_forward", "is_linear_like", "is_supported", "named_parts", "unsupported"]
 
@@ -29,12 +30,13 @@ class Part:
     n: int
     transposed: bool = False
 
-    def delta(self, W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    def delta(self, W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = NOTHING) -> Tensor:
         """``W`` plus this part's share of the update, in the layout of ``W``."""
-        rows = slice(self.row, self.row + self.m)
+        B, own = own.part(B, self.row, self.m)
+        b = b[self.row : self.row + self.m]
         if self.transposed:
-            return add_delta(W.t(), A, B[rows], d, b[rows]).t()
-        return add_delta(W, A, B[rows], d, b[rows])
+            return add_delta(W.t(), A, B, d, b, own).t()
+        return add_delta(W, A, B, d, b, own)
 
 
 def _conv1d_class() -> type[nn.Module] | None:

@@ -25,6 +25,7 @@ from lightning_uora.adapters.effective import EffectiveWeight, effective
 from lightning_uora.adapters.freshness import Kept, keepable
 from lightning_uora.adapters.functional import compute_dtype
 from lightning_uora.adapters.kinds import CONVOLUTIONS, Part, has_plain_forward
+from lightning_uora.adapters.own_rows import Own
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.distributed import first_rank
 
@@ -124,7 +125,7 @@ class AdaptedModule(nn.Module):
         deltas = []
         for name, part in self._uora.parts.items():
             W = cast(Tensor, self._parameters[name])
-            deltas.append(part.delta(torch.zeros_like(W), *self._uora_tensors(part.n)))
+            deltas.append(part.delta(torch.zeros_like(W), *self._uora_sources(part.n)))
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
     def merged_weights(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -132,20 +133,26 @@ class AdaptedModule(nn.Module):
         for name, part in self._uora.parts.items():
             W = cast(nn.Parameter, self._parameters[name])
             wide = torch.promote_types(W.dtype, torch.float32)
-            tensors = (t.to(wide) for t in (W, *self._uora_tensors(part.n)))
-            yield name, W, part.delta(*tensors).to(W.dtype)
+            A, B, d, b = (t.to(wide) for t in self._uora_tensors(part.n))
+            yield name, W, part.delta(W.to(wide), A, B, d, b).to(W.dtype)
 
     def form(self, tokens: int) -> Literal["merged", "factored"]:
         """How this module computes in training for an input of that many rows."""
         return "merged"
 
     def _uora_tensors(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A (of width n), B, d, b of this module."""
+        """A (of width n) and B as this module has them, d, b."""
+        A, B, d, b, own = self._uora_sources(n)
+        return own.down(A), own.up(B), d, b
+
+    def _uora_sources(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Own]:
+        """A (of width n) and B, shared or its own, d, b, and what stands for rows and columns here."""
         owner, index, device = self._uora.owner, self._uora.index, self.uora_d.device
-        A, B = owner.down(n, index), owner.up(self._uora.m, index)
+        A, B, own = owner.sources(n, self._uora.m, index)
         if A.device != device or B.device != device:
-            A, B = owner.found_on(device, A, B)
-        return A, B, self.uora_d, self.uora_b
+            A, B, *mine = owner.found_on(device, A, B, *own)
+            own = Own(*mine)
+        return A, B, self.uora_d, self.uora_b, own
 
     def _uora_weight(self, name: str) -> Tensor | None:
         """What reading the adapted parameter returns, see Note [When the effective weight is kept]."""
@@ -167,7 +174,7 @@ class AdaptedModule(nn.Module):
                 f"{name} of a {type(self).__name__} is read directly: dropout is not applied there.",
                 stacklevel=3,
             )
-        sources = (W, *self._uora_tensors(part.n))
+        sources = (W, *self._uora_sources(part.n))
         if self._uora_keeps():
             return self._uora_kept(part, sources)
         if self._uora_needs_grad():
@@ -199,12 +206,14 @@ class AdaptedModule(nn.Module):
             for p in map(self._parameters.get, (*self._uora.parts, "uora_d", "uora_b"))
         )
 
-    def _uora_kept(self, part: Part, sources: tuple[Tensor, ...]) -> Tensor:
-        dtype = compute_dtype(sources[0].device, sources[0].dtype)
+    def _uora_kept(self, part: Part, sources: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Own]) -> Tensor:
+        *given, own = sources
+        tensors = (*given, *own.tensors)
+        dtype = compute_dtype(tensors[0].device, tensors[0].dtype)
         kept = self._uora.cache.get(part.name)
-        if kept is not None and (weight := kept.fresh(dtype, sources)) is not None:
+        if kept is not None and (weight := kept.fresh(dtype, tensors)) is not None:
             return weight
-        made = Kept.of(dtype, sources)
+        made = Kept.of(dtype, tensors)
         if made is None:
             return part.delta(*sources)
         with torch.inference_mode(False), torch.no_grad():

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_uora.adapters.draws import Init, draw_down, draw_up
+from lightning_uora.adapters.own_rows import NOTHING, Own, packed, replaced, unpacked
 from lightning_uora.config import UORAConfig
 
 __all__ = ["OWNER", "Projections", "require_no_inference_mode", "seeded_generator"]
@@ -52,9 +53,27 @@ def _memory() -> float:
         return float("inf")
 
 
+# Note [Names of A and B]
+# ``A_768`` and ``B_768`` are shared. What layer 3 has of its own is ``A_768_3:rows``, ``B_768_3:columns``
+# and, where b decided, ``B_768_3:rows``; their places are in ``...:at``. A that came from a layer's own
+# inputs is whole, ``A_768_3``, in the 16 bits that files hold. Files of before have whole copies.
+
+PLACES = ":at"
+
+
 def _is_own(name: str) -> bool:
-    """Whether a buffer is one layer's own (``A_768_3``) and not shared (``A_768``)."""
+    """Whether a buffer is one layer's own and not shared, see Note [Names of A and B]."""
     return name.count("_") == 2
+
+
+def _whole_name(name: str) -> str:
+    """Of the matrix that a buffer is of: ``A_768_3`` for ``A_768_3:rows``."""
+    return name.partition(":")[0]
+
+
+def _shared_name(name: str) -> str:
+    """Of the shared matrix that a layer's own one replaces."""
+    return "_".join(name.partition(":")[0].split("_")[:2])
 
 
 class Projections(nn.Module):
@@ -102,6 +121,7 @@ class Projections(nn.Module):
         self.unused_axes: Callable[[str, Tensor, int], Tensor] | None = None
         self.on_read: Callable[[Tensor, nn.Module, str], None] | None = None  # told of every weight read
         self.calibrated = False
+        self.has_own = False  # some layer has rows of its own
         self.resized: list[
             str
         ] = []  # buffers of layers whose height has changed: the seed cannot redraw them
@@ -118,22 +138,44 @@ class Projections(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "elsewhere": {}, "root": None}
 
+    def sources(self, n: int, m: int, layer: int) -> tuple[Tensor, Tensor, Own]:
+        """What a layer computes with: A (r, n), B (m, r), and what stands for rows and columns of them."""
+        get = self._buffers.get
+        A = get(f"A_{n}_{layer}")
+        rows = f"A_{n}_{layer}:rows"
+        own = NOTHING
+        if self.has_own:
+            columns, lines = f"B_{m}_{layer}:columns", f"B_{m}_{layer}:rows"
+            names = (rows, rows + PLACES, columns, columns + PLACES, lines, lines + PLACES)
+            own = Own(*map(get, names))
+        return cast(Tensor, self._buffers[f"A_{n}"] if A is None else A), self._shared(f"B_{m}"), own
+
+    def _shared(self, name: str) -> Tensor:
+        return cast(Tensor, self._buffers[name])
+
     def down(self, n: int, layer: int | None = None) -> Tensor:
-        """A for width n, shape (r, n): the layer's own once it has refreshed it, else the shared one."""
-        return cast(Tensor, self._buffers.get(f"A_{n}_{layer}", self._buffers[f"A_{n}"]))
+        """A for width n, shape (r, n): as the layer has it, or the shared one."""
+        if layer is None:
+            return self._shared(f"A_{n}")
+        whole = self._buffers.get(f"A_{n}_{layer}")
+        rows, at = (self._buffers.get(f"A_{n}_{layer}:rows{end}") for end in ("", PLACES))
+        return Own(rows, at).down(self._shared(f"A_{n}") if whole is None else whole)
 
     def up(self, m: int, layer: int | None = None) -> Tensor:
-        """B for height m, shape (m, r): the layer's own once it has refreshed it, else the shared one."""
-        return cast(Tensor, self._buffers.get(f"B_{m}_{layer}", self._buffers[f"B_{m}"]))
+        """B for height m, shape (m, r): as the layer has it, or the shared one."""
+        if layer is None:
+            return self._shared(f"B_{m}")
+        parts = [f"B_{m}_{layer}:{part}{end}" for part in ("columns", "rows") for end in ("", PLACES)]
+        return Own(None, None, *map(self._buffers.get, parts)).up(self._shared(f"B_{m}"))
 
-    def found_on(self, device: torch.device, *given: Tensor) -> tuple[Tensor, ...]:
+    def found_on(self, device: torch.device, *given: Tensor | None) -> list[Any]:
         """A and B on the device of a layer that is elsewhere; drawn first where that layer got storage."""
-        if any(M.is_meta for M in given) and device.type != "meta":
+        if any(M is not None and M.is_meta for M in given) and device.type != "meta":
             names = {id(buffer): name for name, buffer in self._buffers.items()}
-            wanted = [names[id(M)] for M in given]
+            wanted = [None if M is None else names[id(M)] for M in given]
             self.to_empty(device=device)
-            given = tuple(cast(Tensor, self._buffers[name]) for name in wanted)
-        return tuple(self._copy_on(device, M) for M in given)
+            given = tuple(None if name is None else self._buffers.get(name) for name in wanted)
+        return [None if M is None else self._copy_on(device, M) for M in given]
 
     def _copy_on(self, device: torch.device, M: Tensor) -> Tensor:
         if M.device == device:
@@ -147,17 +189,88 @@ class Projections(nn.Module):
         return found[2]
 
     def current(self, name: str) -> Tensor:
-        """What stands for a buffer's name: a layer's own projection if there is one, else the shared one."""
+        """A or B by the name that a record gives it: as a layer has it (``A_768_3``), or the shared one."""
         side, size, *layer = name.split("_")
         index = int(layer[0]) if layer else None
         return self.down(int(size), index) if side == "A" else self.up(int(size), index)
 
-    def writable(self, name: str) -> Tensor:
-        """The buffer of that name, to change in place; a layer's own is first copied from the shared one."""
-        if name not in self._buffers:
-            shared = cast(Tensor, self._buffers[name.rpartition("_")[0]])
-            self.register_buffer(name, shared.clone())
-        return cast(Tensor, self._buffers[name])
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """All that there is of A and B, by buffer; see Note [Names of A and B]."""
+        named = cast("dict[str, Tensor]", self._buffers)
+        return {name: M for name, M in named.items() if not name.endswith(PLACES)}
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Take a whole matrix; a layer's own is kept as the rows that differ from the shared ones."""
+        if not _is_own(name):
+            self._shared(name).copy_(values)
+            return
+        shared = self._shared(_shared_name(name))
+        if self._is_whole(name):
+            self._register(name, values.to(shared.device, torch.half))
+            return
+        values = values.to(shared.device, shared.dtype)
+        differ = values != shared
+        if name[0] == "A":
+            at = differ.any(1).nonzero().flatten().tolist()
+            self._own(f"{name}:rows", 0, at, values[at])
+        else:
+            columns = differ.sum(0) * 2 > differ.shape[0]  # d turned them; b turned what is left
+            at, rest = columns.nonzero().flatten().tolist(), differ & ~columns
+            self._own(f"{name}:columns", 1, at, values[:, at])
+            at = rest.any(1).nonzero().flatten().tolist()
+            self._own(f"{name}:rows", 0, at, values[at])
+
+    def turn(self, key: str, chosen: Sequence[int], values: Tensor) -> None:
+        """Take turned rows, by the name that a record gives them.
+
+        Args:
+            key: ``A_9``: rows of A; ``B_7``: columns of B; ``B_7:rows``: rows of B; of a layer
+                (``A_9_3``), or shared.
+            chosen: Their places, ascending.
+            values: The new rows (or columns, as rows), one for each place.
+        """
+        name = _whole_name(key)
+        shared = self._shared(_shared_name(name))
+        values = self.rounded(name, values).to(shared.device, shared.dtype)
+        columns = name[0] == "B" and not key.endswith(":rows")
+        if not _is_own(name) or self._is_whole(name):
+            M = self._shared(name)
+            (M.t() if columns else M)[list(chosen)] = values.to(M.dtype)
+        elif not columns:
+            self._own(f"{name}:rows", 0, chosen, values)
+        else:
+            self._own(f"{name}:columns", 1, chosen, values.t())
+            lines, at = (self._buffers.get(f"{name}:rows{end}") for end in ("", PLACES))
+            if lines is not None and at is not None:
+                lines[:, list(chosen)] = values.t()[at]
+
+    def own_rows(self, name: str) -> tuple[Tensor, list[int]] | None:
+        """A layer's own rows of A (``A_9_3``), or columns of B as rows (``B_7_3``), and their places."""
+        values, places = (
+            self._buffers.get(f"{name}:{'rows' if name[0] == 'A' else 'columns'}{end}")
+            for end in ("", PLACES)
+        )
+        if values is None or places is None:
+            return None
+        return (values if name[0] == "A" else values.t()), places.tolist()
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a layer's own matrix is kept whole: A from its own inputs."""
+        return name[0] == "A" and self.config.init == "inputs"
+
+    def _own(self, name: str, dim: int, chosen: Sequence[int], values: Tensor) -> None:
+        if not chosen:
+            return
+        values, places = replaced(
+            self._buffers.get(name), self._buffers.get(name + PLACES), dim, chosen, values
+        )
+        self._register(name, values)
+        self._register(name + PLACES, places)
+
+    def _register(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values)
+        self.has_own = self.has_own or _is_own(name)
 
     @property
     def uncalibrated(self) -> bool:
@@ -182,19 +295,32 @@ class Projections(nn.Module):
             layer: The layer's index.
             others: Heights of the other layers, whose B stays.
         """
-        for name in [f"B_{old}", f"B_{old}_{layer}"]:
-            B, target = self._buffers.get(name), name.replace(f"_{old}", f"_{new}", 1)
-            if B is None or target in self._buffers:
-                continue
+        B, kept = self._shared(f"B_{old}"), min(old, new)
+        if f"B_{new}" not in self._buffers:
             rows = self._draw(f"B_{new}").to(B.device, B.dtype)
-            kept = min(old, new)
             rows[:kept] = B[:kept]
-            self.register_buffer(target, rows)
-            self.resized.append(target)
-        self._buffers.pop(f"B_{old}_{layer}", None)
+            self.register_buffer(f"B_{new}", rows)
+            self.resized.append(f"B_{new}")
+        self._resize_own(f"B_{old}_{layer}", f"B_{new}_{layer}", self._shared(f"B_{new}"))
         if old not in others:
             self._buffers.pop(f"B_{old}", None)
         self.resized = [name for name in self.resized if name in self._buffers]
+
+    def _resize_own(self, old: str, new: str, shared: Tensor) -> None:
+        """A layer's own columns and rows of B at another height."""
+        take = self._buffers.pop
+        columns, at = (take(f"{old}:columns{end}", None) for end in ("", PLACES))
+        lines, where = (take(f"{old}:rows{end}", None) for end in ("", PLACES))
+        if columns is not None and at is not None:
+            longer = shared[:, at]
+            kept = min(len(longer), len(columns))
+            longer[:kept] = columns[:kept]
+            self._own(f"{new}:columns", 1, at.tolist(), longer)
+            self.resized.append(f"{new}:columns")
+        if lines is not None and where is not None and bool((where < len(shared)).any()):
+            stay = where < len(shared)
+            self._own(f"{new}:rows", 0, where[stay].tolist(), lines[stay])
+            self.resized.append(f"{new}:rows")
 
     def stored(self) -> dict[str, Tensor]:
         """What seed and record cannot rebuild.
@@ -202,11 +328,12 @@ class Projections(nn.Module):
         A from the inputs, as float16, which holds it exactly; B of layers that were resized.
         """
         named = cast("dict[str, Tensor]", self._buffers)
-        kept = {name: named[name] for name in self.resized if name in named}
+        wanted = (name + end for name in self.resized for end in ("", PLACES))
+        kept = {name: named[name] for name in wanted if name in named}
         if self.config.init != "inputs":
             return kept
         own = self.config.share == "layer"
-        return kept | {n: A.half() for n, A in named.items() if n[0] == "A" and _is_own(n) == own}
+        return kept | {n: A.half() for n, A in self.matrices.items() if n[0] == "A" and _is_own(n) == own}
 
     def rounded(self, name: str, values: Tensor) -> Tensor:
         """``values`` for the buffer of that name, as they will be stored."""
@@ -220,32 +347,61 @@ class Projections(nn.Module):
             cast(Tensor, buffer).copy_(self._draw(name))
 
     def set(self, values: dict[str, Tensor]) -> None:
-        """Take A and B as they are given; own copies that are not among them are dropped.
+        """Take A and B as they are given; own rows that are not among them are dropped.
 
         Raises:
-            ValueError: A name or a shape is not this owner's.
+            ValueError: A name, a shape or a place is not this owner's.
         """
         self.require_known(values)
-        self._drop_own(keep=values)
-        for name, value in values.items():
-            self.writable(name).copy_(value)
+        self._drop_own(keep=())
+        self.take(values)
+
+    def take(self, values: dict[str, Tensor]) -> None:
+        """As :meth:`set`, of some of A and B, known to fit; the others stay."""
+        for name in sorted(values, key=_is_own):  # shared ones first
+            value = values[name]
+            if ":" not in name:
+                self.put(name, value)
+            elif not name.endswith(PLACES):
+                shared = self._shared(_shared_name(name))
+                self._register(name, value.to(shared.device, shared.dtype, copy=True))
+                self._register(name + PLACES, values[name + PLACES].to(shared.device, copy=True))
 
     def require_known(self, values: dict[str, Tensor]) -> None:
-        """Raise ``ValueError`` where a name or a shape is not this owner's."""
-        shared = {name: buffer for name, buffer in self._buffers.items() if not _is_own(name)}
+        """Raise ``ValueError`` where a name, a shape or a place is not this owner's."""
         for name, value in values.items():
-            target = shared.get(name.rpartition("_")[0] if _is_own(name) else name)
-            if target is None or target.shape != value.shape:
+            if not (name.endswith(PLACES) or self._is_known(name, value, values.get(name + PLACES))):
                 raise ValueError(f"{name} of shape {tuple(value.shape)} is not a projection of this model.")
+
+    def _is_known(self, name: str, value: Tensor, places: Tensor | None) -> bool:
+        shared, form = self._buffers.get(_shared_name(name)), name.partition(":")[2]
+        if shared is None or value.dim() != 2:
+            return False
+        if not form:
+            return value.shape == shared.shape
+        dim = 1 if form == "columns" else 0
+        if (
+            form not in ("rows", "columns")
+            or places is None
+            or places.dim() != 1
+            or places.is_floating_point()
+        ):
+            return False
+        fits = value.shape[1 - dim] == shared.shape[1 - dim] and len(places) == value.shape[dim]
+        ascending = places.diff() > 0
+        inside = len(places) > 0 and int(places[0]) >= 0 and int(places[-1]) < shared.shape[dim]
+        return fits and inside and bool(ascending.all())
 
     def names_ever(self, layers: int) -> list[str]:
         """Every buffer name that may exist in a run with that many layers."""
         shared = [name for name in self._buffers if not _is_own(name)]
-        return shared + [f"{name}_{layer}" for name in shared for layer in range(layers)]
+        forms = ("", ":rows", f":rows{PLACES}", ":columns", f":columns{PLACES}")
+        return shared + [f"{n}_{layer}{form}" for n in shared for layer in range(layers) for form in forms]
 
     def _drop_own(self, keep: Iterable[str]) -> None:
         for name in [name for name in self._buffers if _is_own(name) and name not in keep]:
             del self._buffers[name]
+        self.has_own = any(map(_is_own, self._buffers))
 
     def _draw(self, name: str) -> Tensor:
         rank, seed = self.config.rank, self.config.seed
@@ -267,7 +423,13 @@ class Projections(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Projections:
         """As in torch; what had no storage (``meta``) and gets some is drawn, never left undefined."""
         was_meta = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
+        whole = [name for name in self._buffers if _is_own(name) and ":" not in name]
+        exact = {name: cast(Tensor, self._buffers[name]) for name in whole}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, A in exact.items():  # from the inputs: moved, not cast
+            moved = cast(Tensor, self._buffers[name])
+            if moved.dtype != A.dtype:
+                self._buffers[name] = A.to(moved.device)
         if was_meta and not any(cast(Tensor, self._buffers[name]).is_meta for name in was_meta):
             self._drop_own(keep=())
             self.record, self.calibrated = [], False
@@ -289,7 +451,7 @@ class Projections(nn.Module):
         """See Note [Record and own copies in the state dict]."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.record or self.calibrated or self.resized:
-            told = {"version": 1, "refreshes": self.record, "calibrated": self.calibrated}
+            told = {"version": 2, "refreshes": packed(self.record), "calibrated": self.calibrated}
             told |= {"resized": self.resized} if self.resized else {}
             text = json.dumps(told).encode()
             destination[f"{prefix}record"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -300,13 +462,36 @@ class Projections(nn.Module):
         if names:
             record = state_dict.pop(f"{prefix}record", None)
             told = {} if record is None else json.loads(bytes(record.tolist()))
-            self.record, self.calibrated = told.get("refreshes", []), told.get("calibrated", False)
-            self.resized = told.get("resized", [])
-            self._drop_own(keep=names)
-            for name in names:
-                if _is_own(name) and name.rpartition("_")[0] in self._buffers:
-                    self.writable(name)
+            self.record = unpacked(told.get("refreshes", []))
+            self.calibrated, self.resized = told.get("calibrated", False), told.get("resized", [])
+            self._make_room(state_dict, prefix, names)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _make_room(self, state_dict: dict[str, Any], prefix: str, names: list[str]) -> None:
+        """Own rows as the state dict has them; whole copies, of before, become rows there."""
+        self._drop_own(keep=())
+        for name in names:
+            shared = self._buffers.get(_shared_name(name))
+            if not _is_own(name) or shared is None:
+                continue
+            if ":" in name or self._is_whole(name):
+                value = state_dict[f"{prefix}{name}"]
+                dtype = (
+                    None if name.endswith(PLACES) else torch.half if self._is_whole(name) else shared.dtype
+                )
+                self._register(name, torch.empty_like(value, device=shared.device, dtype=dtype))
+                continue
+            whole = state_dict.pop(f"{prefix}{name}")
+            drawn = state_dict.get(f"{prefix}{_shared_name(name)}", shared)
+            if whole.shape != drawn.shape:
+                state_dict[f"{prefix}{name}"] = whole  # torch says what does not fit
+                continue
+            ours, self._buffers[_shared_name(name)] = shared, drawn
+            self.put(name, whole)
+            self._buffers[_shared_name(name)] = ours
+            for key in [key for key in self._buffers if _whole_name(key) == name]:
+                state_dict[f"{prefix}{key}"] = self._buffers[key]
+                self._register(key, torch.empty_like(cast(Tensor, self._buffers[key]), device=shared.device))
 
     @override
     def forward(self, x: Any) -> Any:

@@ -92,8 +92,7 @@ def calibrate_with(
         A = principal_rows(axes, rank, n, seeded_generator(seed, "inputs", key))
         values[key] = A.half().to(owner.down(n).device)
     with torch.no_grad():
-        for key, A in values.items():
-            owner.writable(key).copy_(A)
+        owner.take(values)
     owner.calibrated = True
 
 

@@ -25,6 +25,7 @@ from lightning_uora.adapters import (
 from lightning_uora.config import ReinitSchedule
 from lightning_uora.distributed import agreed, edited, reshard_, whole
 from lightning_uora.reinit.growth import picked_directions, require_gradients, require_growth_possible
+from lightning_uora.reinit.known_rows import rows_around
 from lightning_uora.reinit.rotation import cosine, turned_rows
 from lightning_uora.reinit.weakness import Slot, scores_of, slots_of, weakest
 
@@ -83,14 +84,14 @@ def rebuild_around(one: Attachment, given: dict[str, Tensor]) -> None:
     record = list(owner.record)
     owner.reset()
     with torch.no_grad():
-        for name, values in given.items():
-            owner.writable(name).copy_(values)
+        owner.take(given)
         for number, entry in enumerate(record):
             slots = {slot.key: slot for v in ("d", "b") for slot in slots_of(one, v)}
             plan = [
                 (slots[key], rows) for key, rows in entry["rows"].items() if key in slots and key not in given
             ]
             _write(owner, _turn(owner, plan, entry, number))
+            owner.record.append(entry)
     owner.record = record
 
 
@@ -164,21 +165,31 @@ def _check(one: Attachment, schedule: ReinitSchedule, step: int) -> None:
         )
 
 
+Turned = list[tuple[str, list[int], Tensor]]
+"""Names of projections, places and new values of the rows there."""
+
+
 def _turn(
     owner: Projections, plan: list[tuple[Slot, list[int]]], entry: dict[str, Any], number: int
-) -> dict[str, Tensor]:
-    """The new values of every projection in the plan, on the CPU; nothing is written yet."""
-    turned: dict[str, Tensor] = {}
+) -> Turned:
+    """The new rows of every projection in the plan, on the CPU; nothing is written yet."""
+    turned: Turned = []
     with one_thread():
         for slot, chosen in plan:
-            if slot.buffer not in turned:
-                turned[slot.buffer] = owner.current(slot.buffer).detach().to("cpu", torch.float32, copy=True)
-            rows = slot.rows(turned[slot.buffer])
             generator = seeded_generator(owner.config.seed, "refresh", number, slot.key)
             picked = entry.get("picked", {}).get(str(slot.layers[0]._uora.index))
-            pool = entry.get("candidates", 0)
-            axes = _unused_axes(owner, slot)
-            rows[chosen] = turned_rows(rows, chosen, entry["interpolation"], generator, pool, picked, axes)
+            pool, axes = entry.get("candidates", 0), _unused_axes(owner, slot)
+            near = None if axes else rows_around(owner, slot, chosen)
+            if near is not None:
+                new = near.turned(chosen, entry["interpolation"], generator, pool, picked)
+            else:
+                M = owner.current(slot.buffer).detach().to("cpu", torch.float32)
+                for key, places, values in turned:
+                    if key == slot.buffer:  # its columns turn as well
+                        M = M.index_copy(1, torch.tensor(places), values.t())
+                rows = slot.rows(M)
+                new = turned_rows(rows, chosen, entry["interpolation"], generator, pool, picked, axes)
+            turned.append((slot.key, chosen, new))
     return turned
 
 
@@ -189,9 +200,9 @@ def _unused_axes(owner: Projections, slot: Slot) -> Callable[[Tensor, int], Tens
     return functools.partial(owner.unused_axes, slot.buffer)
 
 
-def _write(owner: Projections, turned: dict[str, Tensor]) -> None:
-    for name, values in turned.items():
-        owner.writable(name).copy_(owner.rounded(name, values))
+def _write(owner: Projections, turned: Turned) -> None:
+    for key, chosen, values in turned:
+        owner.turn(key, chosen, values)
 
 
 # Note [What becomes of d]

@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["basis", "cosine", "fresh_rows", "turned_rows", "unit_rows", "without"]
+__all__ = [
+    "among_others",
+    "basis",
+    "cosine",
+    "drawn_directions",
+    "fresh_rows",
+    "orthonormal",
+    "turned_rows",
+    "unit_rows",
+    "without",
+]
 
 
 def cosine(interpolation: float) -> float:
@@ -50,8 +60,7 @@ def turned_rows(
     new = rows[list(chosen)].clone()
     if n < 2:
         return new
-    drawn = torch.randn(max(pool, len(chosen)), n, generator=generator, dtype=rows.dtype)
-    drawn = drawn[list(picked)] if picked is not None else drawn[: len(chosen)]
+    drawn = drawn_directions(n, chosen, generator, pool, picked)
     angle = math.atan2(interpolation, 1.0 - interpolation)
     for start in range(0, rows.shape[0], n):
         here = [k for k, i in enumerate(chosen) if start <= i < start + n]
@@ -69,14 +78,26 @@ def turned_rows(
     return new
 
 
+def drawn_directions(
+    n: int, chosen: Sequence[int], generator: torch.Generator, pool: int, picked: Sequence[int] | None
+) -> Tensor:
+    """A drawn direction for each chosen row, of those of a pool that were picked."""
+    drawn = torch.randn(max(pool, len(chosen)), n, generator=generator)
+    return drawn[list(picked)] if picked is not None else drawn[: len(chosen)]
+
+
 def _fresh(block: Tensor, local: list[int], drawn: Tensor) -> Tensor:
     """Unit rows made of ``drawn``, as orthogonal to ``block`` as its dimension allows."""
     k, n = block.shape
     if k + len(local) <= n:
         return fresh_rows(drawn, basis(block))
     stay = [i for i in range(k) if i not in set(local)]
-    own = unit_rows(block[local])
-    R = without(drawn, basis(block[stay])) if stay else drawn
+    return among_others(without(drawn, basis(block[stay])) if stay else drawn, block[local], drawn)
+
+
+def among_others(R: Tensor, old: Tensor, drawn: Tensor) -> Tensor:
+    """Unit rows made of R, each orthogonal to its own old row; where nothing is left, of what was drawn."""
+    own = unit_rows(old)
     R = R - (R * own).sum(1, keepdim=True) * own
     lost = R.norm(dim=1, keepdim=True) < 1e-3 * drawn.norm(dim=1, keepdim=True)
     R = torch.where(lost, drawn - (drawn * own).sum(1, keepdim=True) * own, R)
@@ -85,7 +106,12 @@ def _fresh(block: Tensor, local: list[int], drawn: Tensor) -> Tensor:
 
 def fresh_rows(drawn: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal rows made of ``drawn``, in their order, orthogonal to the columns of ``basis``."""
-    Q, triangle = torch.linalg.qr(without(drawn, basis).t())
+    return orthonormal(without(drawn, basis))
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows made of ``rows``, in their order."""
+    Q, triangle = torch.linalg.qr(rows.t())
     unit: Tensor = (Q * triangle.diagonal().sign()).t()
     return unit
 

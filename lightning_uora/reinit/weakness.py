@@ -104,9 +104,9 @@ def weakest(scores: Iterable[Tensor], schedule: ReinitSchedule) -> list[int]:
     relative = schedule.threshold_mode != "absolute"
     stacked = torch.stack([s / s.mean().clamp_min(1e-30) if relative else s for s in scores])
     highest = stacked.max(dim=0).values
-    order = highest.argsort(stable=True).tolist()
+    order, values = highest.argsort(stable=True).tolist(), highest.tolist()
     if schedule.threshold_mode == "fraction":
         weak = order[: math.floor(schedule.threshold * len(order))]
     else:
-        weak = [i for i in order if highest[i] < schedule.threshold]
+        weak = [i for i in order if values[i] < schedule.threshold]
     return sorted(weak[: math.floor(schedule.max_fraction * len(order))])

@@ -24,6 +24,7 @@ from lightning_uora.adapters import (
     detach_uora,
     is_adapted,
     named_adapters,
+    packed,
     unwrapped,
 )
 from lightning_uora.distributed import first_rank, is_sharded, whole
@@ -70,7 +71,11 @@ def save_adapter(
     given = dict(owner.named_buffers()) if projections == "full" else owner.stored()
     tensors |= {f"{OWNER}.{name}": b.detach().cpu().contiguous() for name, b in given.items()}
     write_folder(
-        directory, TENSOR_FILE, tensors, CONFIG_FILE, lambda path: {**manifest, "sha256": _sha256(path)}
+        directory,
+        TENSOR_FILE,
+        tensors,
+        CONFIG_FILE,
+        lambda path: {**manifest, "record": packed(manifest["record"]), "sha256": _sha256(path)},
     )
 
 

@@ -233,12 +233,13 @@ def _rebuild_missing(state: dict[str, Any], pairs: list[tuple[Attachment, dict[s
     plains = {plain(key): value for key, value in state.items()}
     for one, manifest in pairs:
         owner = _owner_prefix(one)
-        names = [*manifest["projections"], *(["record"] if manifest["record"] else [])]
+        matrices = [
+            name + end for name in manifest["projections"] for end in ("", ":at")[: 1 + (":" in name)]
+        ]
+        names = [*matrices, *(["record"] if manifest["record"] else [])]
         if all(f"{owner}{name}" in plains for name in names):
             continue
-        given = {
-            name: plains[f"{owner}{name}"] for name in manifest["projections"] if f"{owner}{name}" in plains
-        }
+        given = {name: plains[f"{owner}{name}"] for name in matrices if f"{owner}{name}" in plains}
         take_projections(one, manifest, given)
         for key in [key for key in state if plain(key).startswith(owner)]:
             del state[key]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_uora.adapters import unpacked
 from lightning_uora.config import UORAConfig
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
     "manifests_of",
 ]
 
-VERSION = 1
+VERSION = 3
 SEVERAL = 2
 """Version of what a checkpoint with more than one adapted model holds: a list of manifests."""
 
@@ -44,7 +45,7 @@ PARTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_w
 
 
 def check_manifest(manifest: Any, where: str) -> None:
-    """Raise ``ValueError`` unless ``manifest`` is one that this version can read."""
+    """Raise ``ValueError`` unless ``manifest`` is one that this version can read; unpacks its record."""
     if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
         raise ValueError(f"{where} is not a UORA manifest: it has no version.")
     if manifest["version"] > VERSION:
@@ -56,6 +57,7 @@ def check_manifest(manifest: Any, where: str) -> None:
     if missing:
         raise ValueError(f"{where} is damaged: it lacks {', '.join(missing)}.")
     try:
+        manifest["record"] = unpacked(manifest["record"])
         _check_content(manifest)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{where} is damaged: {error or 'its content is not what it should be'}.") from error
@@ -70,9 +72,9 @@ def manifests_of(stored: dict[str, Any]) -> list[dict[str, Any]]:
 def check_checkpoint(checkpoint: dict[str, Any], where: str) -> None:
     """Raise ``ValueError`` unless a checkpoint's manifests, and what it adds to them, can be read."""
     stored = checkpoint["uora"]
-    if isinstance(stored, dict) and isinstance(stored.get("version"), int) and stored["version"] > SEVERAL:
+    if isinstance(stored, dict) and isinstance(stored.get("version"), int) and stored["version"] > VERSION:
         raise ValueError(
-            f"{where} has version {stored['version']}, this package reads up to {SEVERAL}; update "
+            f"{where} has version {stored['version']}, this package reads up to {VERSION}; update "
             "lightning-uora."
         )
     for manifest in manifests_of(stored) if isinstance(stored, dict) else [stored]:

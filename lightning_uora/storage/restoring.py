@@ -58,7 +58,7 @@ def describe(one: Attachment, base: bool = True) -> dict[str, Any]:
         "trained": list(trained_names(one.root)),
         "record": [dict(entry) for entry in owner.record],
         "calibrated": owner.calibrated,
-        "projections": {name: fingerprint(buffer) for name, buffer in owner.named_buffers()},
+        "projections": {name: fingerprint(buffer) for name, buffer in owner.matrices.items()},
         "base": _base_prints(one) if base else {},
         **({"resized": list(owner.resized)} if owner.resized else {}),
     }
@@ -171,11 +171,12 @@ def take_projections(one: Attachment, manifest: dict[str, Any], projections: dic
         owner.calibrated = manifest.get("calibrated", False)
         owner.resized = list(manifest.get("resized", ()))
         if set(projections) >= set(manifest["projections"]):
-            owner.set({name: projections[name] for name in manifest["projections"]})
+            known = manifest["projections"]
+            owner.set({n: M for n, M in projections.items() if n.removesuffix(":at") in known})
         else:
             owner.require_known(projections)
             rebuild_around(one, projections)
-        _check_projections(dict(owner.named_buffers()), manifest["projections"])
+        _check_projections(owner, manifest["projections"])
     except BaseException:
         owner.record, owner.calibrated = record, calibrated
         owner.set(before)
@@ -224,14 +225,25 @@ def _same_base(p: Tensor, expected: list[Any]) -> bool:
     return near(fingerprint(p), [total, norm], tolerance)
 
 
-def _check_projections(buffers: dict[str, Tensor], expected: dict[str, list[float]]) -> None:
-    wrong = [n for n in expected if n not in buffers or not near(fingerprint(buffers[n]), expected[n], 1e-2)]
-    if wrong or set(buffers) - set(expected):
+def _check_projections(owner: Projections, expected: dict[str, list[float]]) -> None:
+    """Against fingerprints of what there is; of a layer's whole A and B in files of before."""
+    wrong = [name for name in expected if not _is_as_expected(owner, name, expected[name])]
+    wrong = wrong or sorted(n for n in owner.matrices if not {n, n.partition(":")[0]} & set(expected))
+    if wrong:
         raise ValueError(
-            f"the projections {few(wrong or sorted(set(buffers) - set(expected)))} are not those of the "
-            "run; the record is damaged, or this platform draws otherwise (then save with "
-            "projections='full')."
+            f"the projections {few(wrong)} are not those of the run; the record is damaged, or this platform "
+            "draws otherwise (then save with projections='full')."
         )
+
+
+def _is_as_expected(owner: Projections, name: str, expected: list[float]) -> bool:
+    found = owner.matrices.get(name)
+    if found is None and ":" not in name:
+        try:
+            found = owner.current(name)
+        except (KeyError, ValueError):
+            return False
+    return found is not None and near(fingerprint(found), expected, 1e-2)
 
 
 def few(names: Any) -> str:

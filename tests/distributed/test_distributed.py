@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_uora import load_from_checkpoint, named_adapters, summarize
+from lightning_uora.adapters.own_rows import unpacked
 from tests.distributed_runs import (
     ACCUMULATE,
     KINDS,
@@ -142,7 +143,7 @@ def test_ranks_are_equal_bit_for_bit_and_end_where_one_process_does(runs, strate
     Under DDP the second rank starts from another base.
     """
     found = runs.one(f"{strategy} {schedule}")
-    assert {"A_6_0", "B_6_1"} <= {key.rpartition(".")[2] for key in found["state"]}
+    assert {"A_6_0:rows", "B_6_1:columns"} <= {key.rpartition(".")[2] for key in found["state"]}
     assert_same_run(found, runs.single[schedule])
 
 
@@ -162,7 +163,7 @@ def test_spawned_ranks_end_where_one_process_does(runs):
     assert found["done"]
     torch.testing.assert_close(state, expected, rtol=0, atol=1e-5)
     record = json.loads(bytes(found["state"]["uora_projections.record"].tolist()))["refreshes"]
-    assert record == runs.single["ema and gradient"]["refreshes"]
+    assert unpacked(record) == runs.single["ema and gradient"]["refreshes"]
 
 
 def test_a_module_that_only_its_spawned_copies_would_adapt_is_warned_of():
@@ -248,8 +249,9 @@ def test_a_sharded_run_takes_A_and_B_from_the_checkpoint_and_does_not_draw_them(
     path = runs.folder / "sharded full file between steps.ckpt"
     saved = torch.load(path, weights_only=True)["state_dict"]
     found = runs.one("exact")
-    assert torch.equal(found["uora_projections.A_6_0"], saved["uora_projections.A_6_0"] * 1.0001)
-    assert torch.equal(found["uora_projections.B_6_0"], saved["uora_projections.B_6_0"])
+    assert torch.equal(found["uora_projections.A_6_0:rows"], saved["uora_projections.A_6_0:rows"] * 1.0001)
+    name = "uora_projections.B_6_0:columns"
+    assert torch.equal(found[name], saved[name])
 
 
 def test_averages_of_a_sharded_run_survive_a_resume(runs):

@@ -41,7 +41,7 @@ def adapted(model: nn.Module, targets="all", rank: int = 3, **options) -> nn.Mod
 
 def check_axes(A: torch.Tensor, inputs: torch.Tensor) -> None:
     """A's rows are the leading eigenvectors of ``inputs``, one by one, up to float16."""
-    expected = literal_axes(inputs)[0][: len(A)]
+    A, expected = A.float(), literal_axes(inputs)[0][: len(A)]
     cosines = (A.double() * expected).sum(1).abs() / math.sqrt(2)
     torch.testing.assert_close(cosines, torch.ones_like(cosines), atol=2e-3, rtol=0)
     torch.testing.assert_close(A.norm(dim=1), torch.full((len(A),), math.sqrt(2)), atol=2e-3, rtol=0)
@@ -563,7 +563,7 @@ def test_growth_beyond_the_axes_that_are_there_draws_the_rest():
     schedule = ReinitSchedule(growth="inputs", threshold=9.0, max_fraction=1.0, interpolation=1.0)
     with inputs_observed(model, [torch.randn(20, 1) @ torch.randn(1, 9)]):
         rows = refresh(model, schedule)
-    A = projections_of(model).down(9, 0)
+    A = projections_of(model).down(9, 0).float()
     assert rows["A_9_0"] == [0, 1, 2, 3]
     torch.testing.assert_close(A @ A.t(), 2 * torch.eye(4), atol=5e-3, rtol=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,6 +26,7 @@ from lightning_uora.trainer import (
     callbacks_of,
     check_companions,
     check_pruning,
+    convert_first,
     forget_configure_model,
     keep_rates,
     log_counts,
@@ -166,7 +168,8 @@ class UORACallback(Callback):
         check_companions(trainer, pl_module, self, stage)
         self._saved_groups, self._optimizers_before = None, list(trainer.strategy.optimizers)
         if stage == "fit" or not self._was_detached(pl_module):
-            attach_in_time(pl_module, self, others_of_its_kind(trainer, self), self._attached)
+            first = partial(convert_first, trainer.precision_plugin, own=self)
+            attach_in_time(pl_module, self, others_of_its_kind(trainer, self), self._attached, first)
 
     def _attached(self, pl_module: LightningModule, owners: list[Projections]) -> None:
         self._owners, self.summary = owners, summarize(pl_module)

@@ -50,10 +50,11 @@ INSIDE = {
         ("resizing",),
         ("attachments", "targets", "specialise"),
         ("forms", "roles", "own_layers", "passing", "wrong_targets"),
+        ("around",),
         ("layers", "role_names"),
         ("kinds", "projections"),
         ("freshness", "functional", "draws", "effective", "names"),
-        ("own_rows",),
+        ("own_rows", "opaque"),
     ),
     "distributed": (("processes",), ("sharding",)),
 }

@@ -1,5 +1,6 @@
 """What an adapter is: which modules get one, how it computes, who owns A and B, attaching and undoing it."""
 
+from lightning_uora.adapters.around import AdaptedAround
 from lightning_uora.adapters.attach import (
     adapters_disabled,
     attach_beside,
@@ -25,6 +26,7 @@ from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
+from lightning_uora.adapters.opaque import is_opaque, packed_parts, settle_
 from lightning_uora.adapters.own_rows import packed, unpacked
 from lightning_uora.adapters.projections import (
     OWNER,
@@ -33,10 +35,11 @@ from lightning_uora.adapters.projections import (
     seeded_generator,
 )
 from lightning_uora.adapters.roles import find_heads
-from lightning_uora.adapters.targets import Selection
+from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
 __all__ = [
     "OWNER",
+    "AdaptedAround",
     "AdaptedModule",
     "Attachment",
     "Part",
@@ -55,6 +58,7 @@ __all__ = [
     "facts",
     "find_heads",
     "is_adapted",
+    "is_opaque",
     "merged_flops",
     "named_adapters",
     "named_buffers",
@@ -62,11 +66,14 @@ __all__ = [
     "named_parameters",
     "one_thread",
     "packed",
+    "packed_parts",
     "param_groups",
     "plain",
     "require_attachments",
     "require_no_inference_mode",
     "seeded_generator",
+    "settle_",
+    "trained_as_they_are",
     "trained_names",
     "trained_parameters",
     "unpacked",

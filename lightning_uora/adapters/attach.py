@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_uora.adapters.around import AdaptedAround
 from lightning_uora.adapters.attachments import (
     Attachment,
     is_adapted,
@@ -23,9 +24,10 @@ from lightning_uora.adapters.attachments import (
     vectors_in,
     whole_of,
 )
-from lightning_uora.adapters.kinds import named_parts
+from lightning_uora.adapters.kinds import Part, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
 from lightning_uora.adapters.names import named_modules, named_parameters, unwrapped
+from lightning_uora.adapters.opaque import dtype_of, is_opaque, plain_linear, tensors_of
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.specialise import specialise, unspecialise
@@ -105,8 +107,7 @@ def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None
     named = named_modules(root)
     modules = {name: named[name] for name in selection.adapted}
     parts = {name: named_parts(module) for name, module in modules.items()}
-    weights = {(name, part): modules[name]._parameters[part] for name in modules for part in parts[name]}
-    device, dtype = _device_and_widest_dtype(cast("dict[tuple[str, str], Tensor]", weights))
+    device, dtype = _device_and_widest_dtype(modules, parts)
     widths = {part.n for found in parts.values() for part in found.values()}
     heights = {sum(part.m for part in found.values()) for found in parts.values()}
     owner = Projections(config, widths, heights, device, dtype)
@@ -132,7 +133,7 @@ def _keys() -> Iterator[str]:
     yield from (f"{OWNER}_{number}" for number in itertools.count(2))
 
 
-def detach_uora(model: nn.Module, merge: bool = False) -> None:
+def detach_uora(model: nn.Module, merge: bool = False, dequantize: bool = False) -> None:
     """Undo :func:`attach_uora`: classes, state-dict keys and ``requires_grad`` are exactly as before.
 
     Args:
@@ -141,10 +142,12 @@ def detach_uora(model: nn.Module, merge: bool = False) -> None:
         merge: Leave the effective weight in each adapted parameter. It is computed in float32 at least, and
             every one is checked to be finite before any parameter changes. A weight that other modules share
             is theirs as it was; the merged one becomes the adapted module's own.
+        dequantize: With ``merge``, put a plain ``nn.Linear`` in the place of every adapted quantised layer,
+            in the dtype that its weight stands for: an update would be lost in the rounding of the quantised.
 
     Raises:
         ValueError: The model is not adapted, or is sharded, or a merged weight is not finite (it names the
-            module).
+            module), or an adapted layer is quantised and ``dequantize`` is False.
     """
     found = require_attachments(model, "detach_uora")
     if is_sharded(model):
@@ -152,10 +155,15 @@ def detach_uora(model: nn.Module, merge: bool = False) -> None:
             "model is sharded, and its shards know its adapters; save a checkpoint and detach where "
             "load_from_checkpoint brings it back whole, or merge the file with `uora merge`."
         )
+    plain: list[tuple[AdaptedModule, nn.Linear]] = []
     if merge:
-        _merge(model, {f"{one.prefix}{name}": module for one in found for name, module in one.layers})
+        layers = {f"{one.prefix}{name}": module for one in found for name, module in one.layers}
+        around = {name: m for name, m in layers.items() if isinstance(m, AdaptedAround)}
+        plain = _merged_linears(model, around, dequantize)
+        _merge(model, {name: module for name, module in layers.items() if name not in around})
     for one in reversed(found):  # the first one knows how it was before all of them
         _detach(one)
+    _exchange(model, plain)
     for _, copied in list(adapted_modules(model)):  # whose A and B are registered nowhere
         unspecialise(copied)
 
@@ -177,6 +185,38 @@ def _detach(one: Attachment) -> None:
 # Note [Shared weights]
 # A weight with several names is one parameter. Adapted in one module, the others read the base; so merging
 # may not write into it. The adapted module gets a parameter of its own, and the tie is cut.
+
+
+def _merged_linears(
+    model: nn.Module, around: dict[str, AdaptedAround], dequantize: bool
+) -> list[tuple[AdaptedModule, nn.Linear]]:
+    """What takes the place of each quantised layer."""
+    pairs: list[tuple[AdaptedModule, nn.Linear]] = []
+    for name, module in around.items():
+        if not dequantize:
+            raise ValueError(
+                f"module {name!r} ({module.original_class.__name__}) is quantised, and an update would be "
+                "lost in its rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear "
+                "layers."
+            )
+        if module is model:
+            raise ValueError("the model itself is a quantised layer; put it into a module to dequantise it.")
+        with torch.no_grad():
+            weight = (module.dequantised() + module.delta_weight()).to(dtype_of(module))
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"merging would put non-finite values into the weight of module {name!r}; nothing was merged."
+            )
+        pairs.append((module, plain_linear(module, weight)))
+    return pairs
+
+
+def _exchange(model: nn.Module, pairs: list[tuple[AdaptedModule, nn.Linear]]) -> None:
+    places = {id(old): new for old, new in pairs}
+    for module in list(model.modules()) if pairs else ():
+        for name, child in module._modules.items():
+            if id(child) in places:
+                module._modules[name] = places[id(child)]
 
 
 def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
@@ -273,10 +313,20 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             owner.disabled -= 1
 
 
-def _device_and_widest_dtype(weights: dict[tuple[str, str], Tensor]) -> tuple[torch.device, torch.dtype]:
+def _device_and_widest_dtype(
+    modules: dict[str, nn.Module], parts: dict[str, dict[str, Part]]
+) -> tuple[torch.device, torch.dtype]:
     """Where A and B go: to the first weight. Raises for non-finite weights."""
-    device = next(iter(weights.values())).device
-    dtype = functools.reduce(torch.promote_types, (W.dtype for W in weights.values()))
+    opaque = {name for name, module in modules.items() if is_opaque(module)}
+    device = next(iter(tensors_of(next(iter(modules.values()))).values())).device
+    weights = {
+        (name, part): cast(Tensor, modules[name]._parameters[part])
+        for name in modules
+        for part in parts[name]
+        if name not in opaque
+    }
+    dtypes = [*(W.dtype for W in weights.values()), *(dtype_of(modules[name]) for name in opaque)]
+    dtype = functools.reduce(torch.promote_types, dtypes)
     here = {key: W for key, W in weights.items() if W.device.type != "meta"}
     if here:
         found = [torch.stack(W.detach().aminmax()).isfinite().all() for W in here.values()]

@@ -30,6 +30,7 @@ from lightning_uora.adapters.own_rows import NOTHING, Own, put
 __all__ = [
     "add_delta",
     "compute_dtype",
+    "factored_delta",
     "factored_flops",
     "factored_linear",
     "merged_flops",
@@ -332,6 +333,76 @@ def factored_linear(
     if _wants_plain():
         return _plain_factored(x, dropped, W, bias, A, B, d, b, dtype, transposed, *own)
     out, _ = _FactoredLinear.apply(x, dropped, W, bias, A, B, d, b, dtype, transposed, *own)
+    result: Tensor = out
+    return result
+
+
+class _FactoredDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+        rows: Tensor | None,
+        at: Tensor | None,
+        columns: Tensor | None,
+        columns_at: Tensor | None,
+        lines: Tensor | None,
+        lines_at: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        A, B = _whole(A, B, (rows, at, columns, columns_at, lines, lines_at))
+        with _no_autocast(x.device):
+            z = _rows(x).to(dtype) @ A.to(dtype).t()
+            out = (z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()
+            return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], b.numel())), z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, A, B, d, b, ctx.dtype, *own = inputs
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.save_for_backward(A, B, d, b, output[1], *own)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        g, grad_z = grad_outputs
+        A, B, d, b, z, *own = ctx.saved_tensors
+        A, B = _whole(A, B, own)
+        need_x, _, _, need_d, need_b, *_ = ctx.needs_input_grad
+        grad_x = grad_d = grad_b = u = None
+        if g is not None:
+            low = _rows(g).to(ctx.dtype)
+            if need_x:
+                u = ((low @ (b[:, None] * B).to(ctx.dtype)) * d).to(ctx.dtype)
+            if need_d or need_b:
+                grad_d, grad_b = _vector_gradients(z.t() @ low, B, d, b)
+        if grad_z is not None:  # of a second derivative
+            u = grad_z if u is None else u + grad_z
+        if u is not None:
+            grad_x = (u @ A.to(u.dtype)).to(ctx.x_dtype).reshape(ctx.shape)
+        return grad_x, None, None, grad_d, grad_b, None, *_NO_GRADIENT
+
+
+def factored_delta(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = NOTHING) -> Tensor:
+    """``b * (B (d * (A x)))`` alone, for a base that computes by itself; differentiable in x, d and b.
+
+    Saves ``A x`` for backward, not x.
+
+    Shape:
+        - As :func:`factored_linear`; returns (..., m) in the dtype of the products.
+
+    Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
+    """
+    dtype = compute_dtype(x.device, x.dtype)
+    if _wants_plain():
+        A, B = _whole(A, B, own)
+        with _no_autocast(x.device):
+            z = x.to(dtype) @ A.to(dtype).t()
+            return (z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()
+    out, _ = _FactoredDelta.apply(x, A, B, d, b, dtype, *own)
     result: Tensor = out
     return result
 

@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_uora.adapters.functional import add_delta
+from lightning_uora.adapters.opaque import is_opaque, sizes, unreachable
 from lightning_uora.adapters.own_rows import NOTHING, Own
 
 __all__ = ["Part", "has_plain_forward", "is_linear_like", "is_supported", "named_parts", "unsupported"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SUPPORTED = "nn.Linear, nn.Conv1d/2d/3d, transformers' Conv1D and nn.MultiheadAttention"
+SUPPORTED = "nn.Linear (quantised too), nn.Conv1d/2d/3d, transformers' Conv1D and nn.MultiheadAttention"
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ def _conv1d_class() -> type[nn.Module] | None:
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """``nn.Linear`` and its subclasses, and transformers' ``Conv1D``."""
+    """``nn.Linear`` and its subclasses, transformers' ``Conv1D``, and quantised layers."""
     conv1d = _conv1d_class()
-    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+    known = isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+    return known or is_opaque(module)
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -68,6 +70,8 @@ def _part_names(module: nn.Module) -> tuple[str, ...]:
 
 def named_parts(module: nn.Module) -> dict[str, Part]:
     """The parameters of ``module`` that an adapter changes, with their place in b."""
+    if is_opaque(module):
+        return {"weight": Part("weight", 0, *sizes(module))}
     parts, row = {}, 0
     for name in _part_names(module):
         shape = cast(Tensor, module._parameters[name]).shape
@@ -87,6 +91,8 @@ def unsupported(name: str, module: nn.Module) -> str | None:
         return f"module {name!r} is a {kind}; UORA adapts {SUPPORTED}. Choose other target_modules."
     if torch.nn.utils.parametrize.is_parametrized(module):
         return f"module {name!r} ({kind}) is parametrised; remove its parametrisations first or exclude it."
+    if is_opaque(module):
+        return unreachable(name, module)
     for expected in _part_names(module):
         W = module._parameters.get(expected)
         what = f"{expected} of module {name!r} ({kind})"

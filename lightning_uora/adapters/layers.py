@@ -25,6 +25,7 @@ from lightning_uora.adapters.effective import EffectiveWeight, effective
 from lightning_uora.adapters.freshness import Kept, keepable
 from lightning_uora.adapters.functional import compute_dtype
 from lightning_uora.adapters.kinds import CONVOLUTIONS, Part, has_plain_forward
+from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.own_rows import Own
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.distributed import first_rank
@@ -53,6 +54,7 @@ class Adapter:
         base: The adapted parameters as they were last read.
         sharded: The weight was seen as a DTensor.
         raw: Assignments to the adapted parameters are of the base (a state dict's).
+        before: Attributes of a quantised module as they were.
     """
 
     owner: Projections
@@ -63,6 +65,7 @@ class Adapter:
     base: dict[str, nn.Parameter] = field(default_factory=dict)
     sharded: bool = False
     raw: bool = False
+    before: dict[str, Any] = field(default_factory=dict)
 
     @property
     def m(self) -> int:
@@ -330,14 +333,23 @@ class AdaptedModule(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             self._uora.raw = False
-        W = self._parameters[next(iter(self._uora.parts))]
-        if W is not None and self.uora_d.is_meta and not W.is_meta:
+        device = self._uora_device()
+        if device is not None and self.uora_d.is_meta and device.type != "meta":
             for name in ("uora_d", "uora_b"):
                 old = cast(nn.Parameter, self._parameters[name])
-                self._parameters[name] = nn.Parameter(
-                    torch.empty_like(old, device=W.device), old.requires_grad
-                )
+                self._parameters[name] = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
             self._uora_reset()
+
+    def _uora_device(self) -> torch.device | None:
+        """Where the base is."""
+        W = self._parameters[next(iter(self._uora.parts))]
+        return None if W is None else W.device
+
+    def base_norm(self) -> Tensor:
+        """Frobenius norm of the frozen weight."""
+        norms = [cast(Tensor, self._parameters[name]).float().norm() for name in self._uora.parts]
+        norm: Tensor = torch.stack(norms).norm()
+        return norm
 
     def _uora_reset(self) -> None:
         with torch.no_grad():
@@ -348,7 +360,7 @@ class AdaptedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, (_, *args), *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
         revive = type(self).uora_revive  # type: ignore[attr-defined]
-        return revive, (self.original_class, tuple(self._uora.parts), *args), *rest
+        return revive, (self.original_class, type(self).uora_names, *args), *rest  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> None:
         """What ``torch.jit.script`` asks first."""
@@ -385,7 +397,9 @@ def facts(module: AdaptedModule) -> dict[str, Any]:
     )
     return {
         "kind": cls.__name__,
-        "product": has_plain_forward(cls) or convolution,  # nothing but a product with the weight
+        "product": has_plain_forward(cls)
+        or convolution
+        or is_opaque(module),  # nothing but a product with the weight
         "direct": direct,  # for convolutions: ungrouped, undilated, padded with zeros
         "kernel": list(cast(Tensor, module._parameters["weight"]).shape[2:]) if convolution else [],
         "parts": [[p.name, p.row, p.m, p.n, p.transposed] for p in module.adapted_parts],

@@ -71,7 +71,9 @@ def put(M: Tensor, dim: int, values: Tensor | None, places: Tensor | None) -> Te
     """``M`` with other values at some places along a dimension; ``M`` itself where there are none."""
     if values is None or places is None:
         return M
-    return M.index_copy(dim, places, values.to(M.dtype))
+    if dim == 1:  # B has its columns contiguous, and so have those that are own
+        return M.t().index_copy(0, places, values.t().to(M.dtype)).t()
+    return M.index_copy(0, places, values.to(M.dtype))
 
 
 def replaced(

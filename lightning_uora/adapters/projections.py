@@ -269,6 +269,8 @@ class Projections(nn.Module):
         self._register(name + PLACES, places)
 
     def _register(self, name: str, values: Tensor) -> None:
+        if name.endswith(":columns"):  # contiguous, as in B
+            values = values.t().contiguous().t()
         self.register_buffer(name, values)
         self.has_own = self.has_own or _is_own(name)
 

@@ -7,9 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_uora.adapters.around import AdaptedAround, with_forward
 from lightning_uora.adapters.forms import AdaptedAttention, AdaptedLinear
 from lightning_uora.adapters.kinds import has_plain_forward, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, Adapter
+from lightning_uora.adapters.opaque import PACKS, is_opaque, settle_, tensors_of
 from lightning_uora.adapters.projections import Projections
 
 __all__ = ["specialise", "unspecialise"]
@@ -18,15 +20,17 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedModule]] = {
 
 
 def _adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[AdaptedModule]:
-    """The specialised subclass of ``cls``, one for each class and set of adapted parameters."""
+    """The specialised subclass of ``cls``, one for each class and set of parameters read through it."""
     if (cls, names) not in _CLASSES:
-        if issubclass(cls, nn.MultiheadAttention):
-            mixin: type[AdaptedModule] = AdaptedAttention
+        if not names:
+            mixin: type[AdaptedModule] = AdaptedAround
+        elif issubclass(cls, nn.MultiheadAttention):
+            mixin = AdaptedAttention
         else:
             mixin = AdaptedLinear if has_plain_forward(cls) else AdaptedModule
         body: dict[str, Any] = {name: _weight_property(name) for name in names}
         body.update(__module__=cls.__module__, __doc__=cls.__doc__, uora_original=cls)
-        body.update(uora_revive=staticmethod(_new))
+        body.update(uora_revive=staticmethod(_new), uora_names=names)
         _CLASSES[cls, names] = cast("type[AdaptedModule]", type(f"UORA{cls.__name__}", (mixin, cls), body))
     return _CLASSES[cls, names]
 
@@ -55,18 +59,29 @@ def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModu
     """
     parts = named_parts(module)
     adapter = Adapter(owner, parts, index)
-    device = cast(Tensor, module._parameters[next(iter(parts))]).device
+    opaque = is_opaque(module)
+    base = tensors_of(module)
+    device = next(iter(base.values())).device if opaque else base[next(iter(parts))].device
     d = torch.full((owner.config.rank,), owner.config.d_init, dtype=torch.float32, device=device)
     b = torch.zeros(adapter.m, dtype=torch.float32, device=device)
     module.__dict__["_uora"] = adapter
     module.register_parameter("uora_d", nn.Parameter(d))
     module.register_parameter("uora_b", nn.Parameter(b))
-    module.__class__ = _adapted_class(type(module), tuple(parts))
+    module.__class__ = _adapted_class(type(module), () if opaque else tuple(parts))
+    if opaque:
+        settle_(module)
+        with_forward(module)
+        if hasattr(module, PACKS):  # see Note [Another packing on CPUs]
+            adapter.before[PACKS], module.__dict__[PACKS] = module.__dict__[PACKS], False
     return cast(AdaptedModule, module)
 
 
 def unspecialise(module: AdaptedModule) -> nn.Module:
     """Undo :func:`specialise` exactly."""
+    around = isinstance(module, AdaptedAround)
+    module.__dict__.update(module._uora.before)
     cast(nn.Module, module).__class__ = module.original_class
+    if around:
+        with_forward(module)
     del module._parameters["uora_d"], module._parameters["uora_b"], module.__dict__["_uora"]
     return module

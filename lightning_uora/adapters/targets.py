@@ -11,13 +11,14 @@ from torch import nn
 
 from lightning_uora.adapters.kinds import has_plain_forward, is_linear_like, is_supported, unsupported
 from lightning_uora.adapters.names import named_modules, named_parameters
+from lightning_uora.adapters.opaque import is_opaque, is_quantised
 from lightning_uora.adapters.own_layers import own_layers
 from lightning_uora.adapters.passing import frozen_parts, passed_by, tied_beyond
 from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
 from lightning_uora.adapters.wrong_targets import near_misses, nothing_found, nothing_inside
 from lightning_uora.config import PRESETS, UORAConfig
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "select", "trained_as_they_are"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
             raise ValueError(
                 f"target_modules and trainable_modules both name {both[0]!r}; a module is adapted or trained."
             )
+    for name, module in modules.items():
+        if name in reserved and any(is_quantised(p) for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"trainable_modules: {name!r} ({type(module).__name__}) is quantised, and its numbers do not "
+                "train; leave it out of the quantisation, or out of trainable_modules."
+            )
     chosen: set[str] = set()
     for target in targets:
         found = _preset(modules, target) if target in PRESETS else _layers(modules, target)
@@ -82,6 +89,11 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         *passed_by(modules, adapted, (*trained, *excluded, *frozen), targets),
     ]
     return Selection(adapted, trained, tuple(left), frozen, tuple(said))
+
+
+def trained_as_they_are(model: nn.Module, config: UORAConfig) -> tuple[str, ...]:
+    """Names of the modules and parameters that :func:`select` would train as they are."""
+    return select(model, config).trained
 
 
 def _touched(name: str, others: tuple[str, ...]) -> bool:
@@ -186,8 +198,13 @@ def _check(modules: dict[str, nn.Module], adapted: tuple[str, ...], config: UORA
                     f"modules {seen[id(parameter)]!r} and {name!r} share one weight, which would be adapted "
                     "twice; exclude one of them by exclude_modules."
                 )
-        kind = type(modules[name])
-        if config.dropout > 0.0 and not has_plain_forward(kind):
+        kind, opaque = type(modules[name]), is_opaque(modules[name])
+        if opaque and config.compute == "merged":
+            raise ValueError(
+                f"compute='merged' builds the effective weight, and that of {name!r} ({kind.__name__}) is "
+                "quantised; use compute='auto'."
+            )
+        if config.dropout > 0.0 and not (opaque or has_plain_forward(kind)):
             raise ValueError(
                 f"dropout={config.dropout} needs modules with the plain Linear forward, but {name!r} is a "
                 f"{kind.__name__}; set dropout=0.0 or exclude it."

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_uora.adapters import AdaptedModule, Attachment, Part, seeded_generator
+from lightning_uora.adapters import AdaptedAround, AdaptedModule, Attachment, Part, seeded_generator
 from lightning_uora.inputs.patches import patches
 
 __all__ = ["PATCH_ROWS", "Observer"]
@@ -65,6 +65,10 @@ class Observer(TorchFunctionMode):
     @override
     def __enter__(self) -> Observer:
         for layer in self.layers:
+            if isinstance(layer, AdaptedAround):
+                receiving = layer.register_forward_pre_hook(self._receive)
+                self.undo.callback(receiving.remove)
+                continue
             for part in layer.adapted_parts:
                 self._know(cast(Tensor, layer._parameters[part.name]), layer, part.name)
             if not isinstance(layer, nn.MultiheadAttention):
@@ -85,6 +89,13 @@ class Observer(TorchFunctionMode):
 
     def _know(self, weight: Tensor, layer: AdaptedModule, name: str) -> None:
         self.weights[id(weight)] = (weight, (layer, layer._uora.parts[name]))
+
+    def _receive(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
+        """Of a module whose weight cannot be read: nobody else multiplies by it."""
+        around = cast(AdaptedAround, layer)
+        (part,) = around.adapted_parts
+        with torch.no_grad():
+            self.see(around, part, given[0].detach().reshape(-1, part.n))
 
     def _push(self, layer: AdaptedModule, *_: Any) -> None:
         self.inside.append(layer)

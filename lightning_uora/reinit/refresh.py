@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_uora.adapters import (
+    AdaptedAround,
     Attachment,
     Projections,
     one_thread,
@@ -157,12 +158,22 @@ def _check(one: Attachment, schedule: ReinitSchedule, step: int) -> None:
         raise ValueError(f"{vector} of module {name!r} is not finite at step {step}; nothing was refreshed.")
     require_growth_possible(schedule.growth, owner.config)
     if schedule.growth == "gradient":
+        _require_readable(one)
         require_gradients(owner)
     if schedule.growth == "inputs" and owner.unused_axes is None:
         raise ValueError(
             "growth='inputs' needs inputs: refresh inside `with "
             "lightning_uora.inputs.inputs_observed(model, batches):`, or let the callback do both."
         )
+
+
+def _require_readable(one: Attachment) -> None:
+    for name, layer in one.layers:
+        if isinstance(layer, AdaptedAround):
+            raise ValueError(
+                f"growth='gradient' needs the gradient of the weight, and module {name!r} is quantised; use "
+                "growth='random'."
+            )
 
 
 Turned = list[tuple[str, list[int], Tensor]]

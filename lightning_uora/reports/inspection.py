@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_uora.adapters import (
+    AdaptedAround,
     AdaptedModule,
     attach_uora,
     attachment_of,
@@ -195,7 +196,7 @@ def _cost(name: str, module: AdaptedModule, tokens: int) -> LayerCost:
     rank, form, parts = module.uora_d.numel(), module.form(tokens), module.adapted_parts
     flops = factored_flops if form == "factored" else merged_flops
     extra = sum(flops(tokens, part.m, part.n, rank) for part in parts)
-    size = next(p for p in module.parameters(recurse=False) if p.dim() > 1).element_size()
+    size = module.uora_d.element_size() if isinstance(module, AdaptedAround) else _width_of(module)
     kept = sum(tokens * rank if form == "factored" else part.m * part.n + tokens * part.n for part in parts)
     return LayerCost(
         name=name,
@@ -209,6 +210,11 @@ def _cost(name: str, module: AdaptedModule, tokens: int) -> LayerCost:
         frozen_flops_per_token=sum(4 * part.m * part.n for part in parts),
         activation_bytes=size * kept,
     )
+
+
+def _width_of(module: AdaptedModule) -> int:
+    """Bytes of one number of the weight."""
+    return next(p for p in module.parameters(recurse=False) if p.dim() > 1).element_size()
 
 
 def _sums(layers: Sequence[LayerCost]) -> tuple[str, str, str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_uora.adapters import named_adapters
 
@@ -22,9 +20,7 @@ def progress(model: nn.Module) -> dict[str, float]:
     """
     rows = []
     for _, module in named_adapters(model):
-        weights = [cast(Tensor, module._parameters[part.name]) for part in module.adapted_parts]
-        base = torch.stack([W.float().norm() for W in weights]).norm()
-        ratio = module.delta_weight().float().norm() / base.clamp_min(1e-30)
+        ratio = module.delta_weight().float().norm() / module.base_norm().clamp_min(1e-30)
         rows.append(torch.stack([ratio, module.uora_d.norm(), module.uora_b.norm()]).cpu())
     means = torch.stack(rows).mean(0).tolist()
     return dict(zip(("update_ratio", "norm_d", "norm_b"), means, strict=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_uora.adapters import (
     OWNER,
@@ -21,6 +21,8 @@ from lightning_uora.adapters import (
     attach_to,
     attachments,
     is_adapted,
+    named_buffers,
+    named_parameters,
     plain,
     trained_parameters,
 )
@@ -41,6 +43,7 @@ from lightning_uora.storage.restoring import (
     check_names,
     describe,
     few,
+    quantised_prefixes,
     require_modules,
     take_projections,
 )
@@ -122,6 +125,7 @@ class CheckpointHooks:
         checkpoint["uora"] = manifests[0] if len(manifests) == 1 else several
         if self.kind == "adapter":
             dropped = {f"{o.prefix}{n}" for o, m in zip(found, manifests, strict=True) for n in m["base"]}
+            dropped |= self._packed(checkpoint["state_dict"])
             owners = tuple(map(_owner_prefix, found))
             for name in STATES:
                 if name in checkpoint:
@@ -133,6 +137,13 @@ class CheckpointHooks:
             for one in found:
                 stored = {f"{_owner_prefix(one)}{name}": A for name, A in one.owner.stored().items()}
                 checkpoint["state_dict"] = checkpoint["state_dict"] | stored
+
+    def _packed(self, state: Mapping[str, Any]) -> set[str]:
+        """Plain keys of what quantised modules keep beside parameters and buffers (scales, codebooks)."""
+        prefixes = quantised_prefixes(self.module)
+        known = set(named_parameters(self.module, every=True)) | set(named_buffers(self.module))
+        plains = map(plain, state)
+        return {key for key in plains if key not in known and key.startswith(prefixes)} if prefixes else set()
 
     def _require_all(self, checkpoint: dict[str, Any]) -> None:
         """Every number that trained is in the checkpoint, or there is none."""
@@ -178,6 +189,7 @@ class CheckpointHooks:
         else:
             _rebuild_missing(checkpoint["state_dict"], pairs)
         current = {plain(key): (key, value) for key, value in self.module.state_dict().items()}
+        self._leave_packed(checkpoint, current)
         owners = tuple(map(_owner_prefix, found))
         for name in STATES:
             if name in checkpoint:
@@ -191,13 +203,30 @@ class CheckpointHooks:
                 known = {current[key][0] if key in current else key: value for key, value in state.items()}
                 checkpoint[name] = {current[key][0]: value for key, value in mine.items()} | known
 
+    def _leave_packed(self, checkpoint: dict[str, Any], current: dict[str, tuple[str, Any]]) -> None:
+        """Scales and codebooks of quantised modules stay as they are here: their libraries do not load them.
+
+        Raises:
+            ValueError: The checkpoint has other ones.
+        """
+        for key in self._packed(dict.fromkeys(current)):
+            _, here = current.pop(key)
+            for name in STATES:
+                state = checkpoint.get(name, {})
+                for saved in (one for one in state if plain(one) == key):
+                    if isinstance(here, Tensor) and not torch.equal(state[saved].to(here.device), here):
+                        raise ValueError(f"the checkpoint has another quantised base: {key!r} differs.")
+                if name in checkpoint:
+                    checkpoint[name] = {one: value for one, value in state.items() if plain(one) != key}
+
     def _complete_adapters(
         self, checkpoint: dict[str, Any], pairs: list[tuple[Attachment, dict[str, Any]]]
     ) -> None:
         owners = tuple(_owner_prefix(one) for one, _ in pairs)
         frozen = {f"{one.prefix}{name}" for one, manifest in pairs for name in manifest["base"]}
         own = {plain(key): value for key, value in self.module.state_dict().items()}
-        expected = {k: v for k, v in own.items() if k not in frozen and not k.startswith(owners)}
+        beside = frozen | self._packed(own)
+        expected = {k: v for k, v in own.items() if k not in beside and not k.startswith(owners)}
         state = {plain(key): value for key, value in checkpoint["state_dict"].items()}
         check_keys(expected, {k: v for k, v in state.items() if not k.startswith(owners)})
         for one, manifest in pairs:

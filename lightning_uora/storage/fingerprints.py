@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_uora.adapters import packed_parts
 from lightning_uora.distributed import whole
 
 __all__ = ["fingerprint", "near", "sample"]
@@ -18,8 +19,14 @@ STRIDE = 4099
 
 
 def fingerprint(t: Tensor) -> list[float]:
-    """Signed sum and norm, see Note [Fingerprints]; in chunks: no second copy of a large weight is made."""
+    """Signed sum and norm, see Note [Fingerprints]; in chunks: no second copy of a large weight."""
+    several = list(packed_parts(t))
+    if len(several) > 1:
+        prints = torch.tensor([fingerprint(one) for one in several], dtype=torch.float64)
+        return [float(prints[:, 0].sum()), float(prints[:, 1].norm())]
     flat = whole(t.detach()).reshape(-1)
+    if not flat.is_floating_point():
+        flat = flat.float()
     signs = torch.randint(0, 2, (STRIDE,), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     signs = signs.mul_(2).sub_(1).to(flat.device)
     full = flat.numel() // STRIDE * STRIDE
@@ -30,7 +37,7 @@ def fingerprint(t: Tensor) -> list[float]:
 
 def sample(t: Tensor) -> tuple[float, ...]:
     """A few numbers spread over a tensor: they tell of a write that moved no version."""
-    flat = t.detach().reshape(-1)
+    flat = next(packed_parts(t)).detach().reshape(-1)
     return tuple(flat[:: max(1, flat.numel() // 16)].double().tolist())
 
 

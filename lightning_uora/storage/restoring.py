@@ -16,14 +16,17 @@ from torch.distributed.tensor import DTensor
 
 from lightning_uora.adapters import (
     OWNER,
+    AdaptedAround,
     AdaptedModule,
     Attachment,
     Projections,
     adopt,
     facts,
+    is_opaque,
     named_buffers,
     named_modules,
     named_parameters,
+    settle_,
     trained_names,
     trained_parameters,
 )
@@ -34,7 +37,7 @@ from lightning_uora.storage.fingerprints import fingerprint, near, sample
 from lightning_uora.storage.manifest import VERSION
 
 __all__ = ["Mismatch", "adapter_state", "check_base", "check_keys", "check_names", "describe", "restore"]
-__all__ += ["few", "frozen_parameters", "require_modules", "take_projections"]
+__all__ += ["few", "frozen_parameters", "quantised_prefixes", "require_modules", "take_projections"]
 
 Mismatch = Literal["error", "warn"]
 
@@ -94,17 +97,28 @@ def _base_prints(one: Attachment) -> dict[str, list[Any]]:
     return prints
 
 
-def frozen_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
-    """The base: what does not train, by plain name."""
+def frozen_parameters(root: nn.Module) -> dict[str, Tensor]:
+    """The base: what does not train, by plain name; of quantised modules the packed buffers too."""
+    for module in root.modules():
+        if isinstance(module, AdaptedAround) or is_opaque(module):
+            settle_(module)
     trained = set(trained_parameters(root))
-    return {name: p for name, p in named_parameters(root).items() if name not in trained}
+    packed = {n: b for n, b in named_buffers(root).items() if n.startswith(quantised_prefixes(root))}
+    return {name: p for name, p in (named_parameters(root) | packed).items() if name not in trained}
+
+
+def quantised_prefixes(root: nn.Module) -> tuple[str, ...]:
+    """What the names of everything in quantised modules begin with."""
+    modules = named_modules(root).items()
+    return tuple(f"{n}." if n else "" for n, m in modules if isinstance(m, AdaptedAround) or is_opaque(m))
 
 
 def adapter_state(one: Attachment) -> dict[str, Tensor]:
     """What an adapter is besides its manifest: trained parameters, and the buffers of the base."""
     vectors = {f"{n}.{v}".lstrip("."): getattr(m, v) for n, m in one.layers for v in ("uora_d", "uora_b")}
     own = {id(b) for m in one.root.modules() if isinstance(m, Projections) for b in m.buffers()}
-    buffers = {n: b for n, b in named_buffers(one.root).items() if id(b) not in own}
+    base = frozen_parameters(one.root)
+    buffers = {n: b for n, b in named_buffers(one.root).items() if id(b) not in own and n not in base}
     return vectors | trained_names(one.root) | buffers
 
 

@@ -7,7 +7,12 @@ from lightning_uora.trainer.attachment import (
     require_adapted,
 )
 from lightning_uora.trainer.calibrating import calibrate_if_needed
-from lightning_uora.trainer.companions import check_companions, check_pruning, others_of_its_kind
+from lightning_uora.trainer.companions import (
+    check_companions,
+    check_pruning,
+    convert_first,
+    others_of_its_kind,
+)
 from lightning_uora.trainer.guarding import Guard
 from lightning_uora.trainer.loggers import log_counts, log_figures, log_progress, print_table
 from lightning_uora.trainer.rates import keep_rates, saved_groups, set_vector_rates
@@ -26,6 +31,7 @@ __all__ = [
     "callbacks_of",
     "check_companions",
     "check_pruning",
+    "convert_first",
     "forget_configure_model",
     "keep_rates",
     "log_counts",

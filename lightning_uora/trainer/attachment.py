@@ -49,7 +49,13 @@ def built_later(pl_module: LightningModule) -> bool:
     return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
 
 
-def attach_in_time(pl_module: LightningModule, own: Any, others: Sequence[Any], told: Told) -> None:
+def attach_in_time(
+    pl_module: LightningModule,
+    own: Any,
+    others: Sequence[Any],
+    told: Told,
+    first: Callable[[LightningModule], None],
+) -> None:
     """Attach now, or when the model is built; see Note [Models built late].
 
     Args:
@@ -57,18 +63,27 @@ def attach_in_time(pl_module: LightningModule, own: Any, others: Sequence[Any], 
         own: The callback: its ``config`` and ``checkpoint``.
         others: Other callbacks of its kind, which adapt other modules of the same LightningModule.
         told: Called with the module and the owners of A and B when it is done.
+        first: Called with the module, its parts all there, before it is adapted.
 
     Raises:
         ValueError: It has adapters of another configuration, or as ``attach_uora``.
     """
-    attach = partial(_attach, own=own, others=others, told=told)
+    attach = partial(_attach, own=own, others=others, told=told, first=first)
     if built_later(pl_module) and not is_adapted(pl_module):
         _run_after_configure_model(pl_module, attach)
     else:
         attach(pl_module)
 
 
-def _attach(pl_module: LightningModule, *, own: Any, others: Sequence[Any], told: Told) -> None:
+def _attach(
+    pl_module: LightningModule,
+    *,
+    own: Any,
+    others: Sequence[Any],
+    told: Told,
+    first: Callable[[LightningModule], None],
+) -> None:
+    first(pl_module)
     if not attachments_of(pl_module, own.config):
         theirs = [other.config for other in others]
         for one in attachments(pl_module):

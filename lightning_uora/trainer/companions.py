@@ -13,11 +13,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_uora.adapters import AdaptedModule, is_adapted
+from lightning_uora.adapters import AdaptedModule, is_adapted, trained_as_they_are
 from lightning_uora.trainer.attachment import built_later, is_calibrated
 from lightning_uora.trainer.steps import callbacks_of
 
-__all__ = ["check_companions", "check_pruning", "others_of_its_kind"]
+__all__ = ["check_companions", "check_pruning", "convert_first", "others_of_its_kind"]
 
 AVERAGING: tuple[type[Callback], ...] = tuple(
     getattr(lightning.pytorch.callbacks, name)
@@ -61,13 +61,32 @@ def _refuse_two_kinds(trainer: Trainer, own: Any) -> None:
 
 
 def _refuse_replacing_precision(trainer: Trainer) -> None:
-    """Precision plugins that replace Linear layers after ``setup`` would drop the adapters without a word."""
+    """A plugin that replaces Linear layers after ``setup`` would drop the adapters without a word."""
     plugin = trainer.precision_plugin
-    if isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+    if isinstance(plugin, TransformerEnginePrecision):
         raise MisconfigurationException(
             f"{type(plugin).__name__} replaces every Linear layer after the adapters are attached and would "
             "lose them; use precision='bf16-true' or 'bf16-mixed' with UORACallback."
         )
+
+
+# Note [Layers that are quantised by the Trainer]
+# BitsandbytesPrecision exchanges Linear layers when the strategy is set up, after the callbacks. Adapters
+# come after that: its own conversion is called first, which does nothing when it is called again. What trains
+# as it is, the head, is left out of it: quantised numbers do not train.
+
+
+def convert_first(plugin: Any, pl_module: LightningModule, own: Any) -> None:
+    """See Note [Layers that are quantised by the Trainer].
+
+    Args:
+        plugin: The Trainer's precision.
+        pl_module: Its parts are there, and not adapted yet.
+        own: The callback that will adapt it.
+    """
+    if isinstance(plugin, BitsandbytesPrecision) and not is_adapted(pl_module):
+        plugin.ignore_modules = {*plugin.ignore_modules, *trained_as_they_are(pl_module, own.config)}
+        plugin.convert_module(pl_module)
 
 
 def _refuse_flattening_strategy(trainer: Trainer) -> None:

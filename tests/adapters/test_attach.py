@@ -128,10 +128,10 @@ def test_a_merge_that_is_not_finite_changes_nothing():
 
 
 def refused_models() -> dict:
-    class TwoBit(nn.Linear):
+    class TwoBit(nn.Conv2d):
         def __init__(self):
-            super().__init__(5, 5)
-            self.weight = nn.Parameter(torch.zeros(5, 5, dtype=torch.int8), requires_grad=False)
+            super().__init__(5, 5, 1)
+            self.weight = nn.Parameter(torch.zeros(5, 5, 1, 1, dtype=torch.int8), requires_grad=False)
 
     non_finite = nn.Linear(5, 5)
     non_finite.weight.data[1, 2] = float("inf")

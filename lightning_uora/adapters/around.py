@@ -1,0 +1,92 @@
+"""Modules that are adapted around their own forward: the adapter's product is added to what they compute."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_uora.adapters.functional import factored_delta
+from lightning_uora.adapters.layers import AdaptedModule
+from lightning_uora.adapters.opaque import KEPT_FORWARD, dequantised, tensors_of
+
+__all__ = ["AdaptedAround", "with_forward"]
+
+# Note [Hooks that keep a forward]
+# accelerate (``device_map``, offloading) puts a function on the instance that calls the forward it found
+# there, ``_old_forward``. Another class changes nothing about it, so that one is exchanged as well.
+
+
+class AdaptedAround(AdaptedModule):
+    """A module whose weight cannot be read, see Note [What is opaque]; always factored."""
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output plus ``b * (B (d * (A x)))``."""
+        out = super().forward(x, *args, **kwargs)
+        owner = self._uora.owner
+        if owner.disabled:
+            return out
+        if self._uora_needs_grad():
+            owner.require_calibrated("training")
+        (part,) = self._uora.parts.values()
+        drops = nn.functional.dropout(x, owner.config.dropout, self.training)
+        return out + factored_delta(drops, *self._uora_sources(part.n)).to(out.dtype)
+
+    @override
+    def _uora_needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and (self.uora_d.requires_grad or self.uora_b.requires_grad)
+
+    @override
+    def delta_weight(self) -> Tensor:
+        (part,) = self._uora.parts.values()
+        zeros = torch.zeros(part.m, part.n, device=self.uora_d.device)
+        return part.delta(zeros, *self._uora_sources(part.n))
+
+    @override
+    def merged_weights(self) -> Any:
+        raise ValueError(
+            f"the weight of a {self.original_class.__name__} is quantised, and an update is lost in its "
+            "rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear layers."
+        )
+
+    def dequantised(self) -> Tensor:
+        """The frozen weight, (m, n), in float32."""
+        return dequantised(cast(nn.Module, self), super().forward)
+
+    @override
+    def base_norm(self) -> Tensor:
+        if "norm" not in self.__dict__["_uora"].__dict__:
+            self._uora.__dict__["norm"] = self.dequantised().norm()
+        return cast(Tensor, self._uora.__dict__["norm"])
+
+    @override
+    def form(self, tokens: int) -> Literal["merged", "factored"]:
+        return "factored"
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The library's own business."""
+        super(AdaptedModule, self).__setattr__(name, value)
+
+    @override
+    def __delattr__(self, name: str) -> None:
+        super(AdaptedModule, self).__delattr__(name)
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super(AdaptedModule, self).register_parameter(name, param)
+
+    @override
+    def _uora_device(self) -> torch.device | None:
+        base = tensors_of(cast(nn.Module, self))
+        return next(iter(base.values())).device if base else None
+
+
+def with_forward(module: nn.Module) -> None:
+    """Give a hook the forward of the module's class; see Note [Hooks that keep a forward]."""
+    if isinstance(module.__dict__.get(KEPT_FORWARD), types.MethodType):
+        module.__dict__[KEPT_FORWARD] = types.MethodType(type(module).forward, module)

@@ -142,8 +142,9 @@ def test_table_is_printed_at_fit_start_unless_summaries_are_off(capsys):
     assert "UORA adapters" not in capsys.readouterr().out
 
 
-def test_a_precision_that_replaces_linear_layers_by_others_is_refused(plugin="TransformerEnginePrecision"):
+def test_a_precision_that_replaces_linear_layers_by_others_is_refused():
     """The library is not installed here, so the plugin is made without its own constructor."""
+    plugin = "TransformerEnginePrecision"
     from lightning.pytorch import plugins
 
     uora, model, run = callback(), Toy(), trainer()

@@ -171,11 +171,9 @@ def report(rows: list[dict]) -> str:
         share = f"{float(row['peak_mib']) / float(lora['peak_mib']):.3f}" if lora else ""
         name = row["method"].upper().replace(" AFTER", ", after refreshes")
         name = "frozen base" if row["method"] == "floor" else f"{name}, r {row['rank']}"
-        lines.append(
-            f"| {row['shape']}, {row['tokens']} tokens | {row['base']} | "
-            f"{'yes' if str(row['checkpointing']) == 'True' else 'no'} | {name} | {row['peak_mib']} | {share} | "
-            f"{row['seconds']} | {int(row['trainable']):,} |"
-        )
+        again = "yes" if str(row["checkpointing"]) == "True" else "no"
+        cells = [f"{row['shape']}, {row['tokens']} tokens", row["base"], again, name, row["peak_mib"], share]
+        lines.append(f"| {' | '.join([*cells, row['seconds'], format(int(row['trainable']), ',')])} |")
     return "\n".join([*lines, "", "On an accelerator: not measured.", ""])
 
 

@@ -112,6 +112,11 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--tokens", type=int, default=2048, help="rows each layer sees in a step: batch x length (2048)"
     )
+    inspect.add_argument(
+        "--quantize",
+        choices=["nf4", "nf4-double", "fp4", "int8"],
+        help="count the base as bitsandbytes packs it",
+    )
     inspect.add_argument("--json", action="store_true", help="for machines, with every layer")
 
 
@@ -122,7 +127,7 @@ def _inspect(chosen: argparse.Namespace) -> None:
         target_modules=chosen.target_modules,
         exclude_modules=chosen.exclude_modules,
     )
-    found = inspect_model(model_on_meta(chosen.model), config, chosen.tokens, chosen.model)
+    found = inspect_model(model_on_meta(chosen.model), config, chosen.tokens, chosen.model, chosen.quantize)
     if chosen.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
         return

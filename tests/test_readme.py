@@ -22,7 +22,7 @@ from lightning_uora.trainer.rates import AUTO_RATE, auto_rate
 from tests import families
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-VISION, TEXT, GROUPS, PLAIN, INPUTS, FILES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+VISION, TEXT, GROUPS, PLAIN, INPUTS, QUANTISED, FILES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -66,6 +66,18 @@ def test_the_lines_for_vision_and_text_train(small):
         assert rates == [rate, auto_rate(2, 4)]
     assert f"without weight decay, at {AUTO_RATE:g} under" in README
     assert sum(m.uora_d.numel() == 256 for m in vision.lightning_module.modules() if hasattr(m, "uora_d"))
+
+
+def test_the_lines_for_quantised_bases_run():
+    bnb = pytest.importorskip("bitsandbytes")
+    plain, model = torch.nn.Linear(64, 64), torch.nn.Sequential(bnb.nn.Linear4bit(64, 64))
+    model[0].load_state_dict(plain.state_dict())
+    model = model.to("cpu")
+    x = torch.randn(3, 64)
+    before = model.train()(x)
+    exec(QUANTISED, {"quantised_model": model})
+    assert type(model[0]) is torch.nn.Linear
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
 
 
 def test_the_groups_written_by_hand_run(small):

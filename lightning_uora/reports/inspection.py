@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -16,11 +16,12 @@ from lightning_uora.adapters import (
     attach_uora,
     attachment_of,
     factored_flops,
+    find_heads,
     merged_flops,
     named_adapters,
     trained_parameters,
 )
-from lightning_uora.config import UORAConfig
+from lightning_uora.config import UORAConfig, require_choice
 
 __all__ = ["Inspection", "LayerCost", "inspect_model"]
 
@@ -33,8 +34,16 @@ ADAMW = 16
 # Note [What an adapter adds to a training step]
 # Against the frozen model, by the counts of functional.py. Factored: the product A x is kept for backward.
 # Merged: the effective weight and the layer's input are, which a frozen layer would not keep; where layers
-# share an input (q, k and v) it is counted for each. A and B are counted once; refreshes under share="layer"
-# add one copy for each layer, which is given beside.
+# share an input (q, k and v) it is counted for each. A and B are counted once; under share="layer" each layer
+# keeps the rows that it refreshed, which is given beside, for the share of rows that the default schedule
+# refreshed in runs here. Of a quantised base adapters are factored; its linear layers but heads and output
+# embeddings take what bitsandbytes takes: 4 bits and a scale (double: of 8 bits) for 64 numbers, or 8 bits
+# and a scale for each row.
+
+OWN_SHARE = 0.12
+"""Of a layer's rows that four default refreshes turn: MEASURED."""
+QUANTISED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0}
+"""Bytes of a number, scales included."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Inspection:
     own_projection_bytes: int
     vera_projection_bytes: int
     stored_projection_bytes: int
+    base_bytes: int
+    quantize: str | None = None
 
     @property
     def adapter_params(self) -> int:
@@ -80,6 +91,7 @@ class Inspection:
         extra = sum(layer.extra_flops_per_token for layer in self.layers)
         return {
             "base_params": self.base_params,
+            "base_bytes": self.base_bytes,
             "head_params": self.head_params,
             "adapter_params": self.adapter_params,
             "vera_params": self.adapter_params,
@@ -100,6 +112,7 @@ class Inspection:
         return {
             "version": 1,
             "model": self.model,
+            "quantize": self.quantize,
             "rank": self.rank,
             "tokens": self.tokens,
             "totals": self.totals(),
@@ -132,10 +145,12 @@ class Inspection:
             f"with its projections {_bytes(t['vera_bytes'])}"
         )
         yield (
-            f"extra memory in training: A and B {_bytes(t['projection_bytes'])} (own copies by refreshes "
-            f"with share='layer': {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
+            f"extra memory in training: A and B {_bytes(t['projection_bytes'])} (own rows after the default "
+            f"refreshes: about {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
             f"{_bytes(t['training_state_bytes'])}, kept for backward {_bytes(t['activation_bytes'])}"
         )
+        how = f" with its linear layers in {self.quantize}" if self.quantize else ""
+        yield f"the frozen base itself: {_bytes(t['base_bytes'])}{how}"
         yield f"extra FLOPs: +{t['extra_flops_fraction']:.1%} of what these layers take when frozen"
 
     def _by_pattern(self) -> dict[tuple[str, int, int, str], list[LayerCost]]:
@@ -147,7 +162,13 @@ class Inspection:
         return groups
 
 
-def inspect_model(model: nn.Module, config: UORAConfig, tokens: int = 2048, name: str = "") -> Inspection:
+def inspect_model(
+    model: nn.Module,
+    config: UORAConfig,
+    tokens: int = 2048,
+    name: str = "",
+    quantize: str | None = None,
+) -> Inspection:
     """Adapt ``model`` and count what the adapter costs. The model stays adapted; give it on ``meta``.
 
     Args:
@@ -156,13 +177,23 @@ def inspect_model(model: nn.Module, config: UORAConfig, tokens: int = 2048, name
         tokens: Rows that each layer sees in a training step (batch x sequence length; of a convolution,
             batch x output positions).
         name: What to call the model in the report.
+        quantize: Count the base as quantised: ``"nf4"``, ``"fp4"``, ``"nf4-double"`` or ``"int8"``.
 
     Raises:
-        ValueError: ``tokens`` is below 1, or as :func:`~lightning_uora.attach_uora`.
+        ValueError: ``tokens`` is below 1, ``quantize`` is another word, or as
+            :func:`~lightning_uora.attach_uora`.
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1.")
+    if quantize is not None:
+        require_choice("quantize", quantize, tuple(QUANTISED))
+        config = replace(config, compute="factored")
     base_params = sum(p.numel() for p in model.parameters())
+    packed = {id(p) for p in _linear_weights(model)} if quantize else set()
+    base_bytes = sum(
+        round(p.numel() * (QUANTISED[quantize] if quantize and id(p) in packed else p.element_size()))
+        for p in model.parameters()
+    )
     attach_uora(model, config)
     adapters = dict(named_adapters(model))
     layers = tuple(_cost(layer_name, module, tokens) for layer_name, module in adapters.items())
@@ -185,10 +216,26 @@ def inspect_model(model: nn.Module, config: UORAConfig, tokens: int = 2048, name
         head_params=trained - sum(layer.adapter_params for layer in layers),
         layers=layers,
         projection_bytes=sum(sizes.values()),
-        own_projection_bytes=sum(sizes[buffer_name] for buffer_name in own),
+        own_projection_bytes=round(OWN_SHARE * sum(sizes[name] for name in own))
+        if config.share == "layer"
+        else 0,
         vera_projection_bytes=FLOAT32 * config.rank * largest,
         stored_projection_bytes=stored if config.init == "inputs" else 0,
+        base_bytes=base_bytes,
+        quantize=quantize,
     )
+
+
+def _linear_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights that quantisers take: of linear layers, not of heads nor of what is tied to an embedding."""
+    heads = tuple(f"{name}." for name in find_heads(model))
+    kept = {id(m._parameters["weight"]) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        outside = module is output or f"{name}.".startswith(heads)
+        if isinstance(module, nn.Linear) and weight is not None and not outside and id(weight) not in kept:
+            yield weight
 
 
 def _cost(name: str, module: AdaptedModule, tokens: int) -> LayerCost:

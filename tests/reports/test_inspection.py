@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 import json
 import ssl
@@ -20,6 +22,7 @@ from torch import nn
 from lightning_uora import UORAConfig, attach_uora, calibrate, save_adapter, summarize
 from lightning_uora.cli import main
 from lightning_uora.reports import inspect_model, meta_models, model_on_meta
+from lightning_uora.reports.inspection import OWN_SHARE
 from tests import families
 
 
@@ -120,12 +123,48 @@ def test_nothing_gets_storage():
         assert all(p.is_meta for p in model.parameters())
 
 
-def test_own_copies_are_counted_once_for_each_layer_and_size():
+def test_own_rows_are_counted_once_for_each_layer_and_size():
     model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=8, vdim=6), nn.Linear(8, 8))
     config = UORAConfig(rank=3, target_modules=["0", "1"], trainable_modules=())
     found = inspect_model(model, config).totals()
     assert found["projection_bytes"] == 4 * 3 * (8 + 6 + 24 + 8)
-    assert found["own_projection_bytes"] == 4 * 3 * ((8 + 6 + 24) + (8 + 8))
+    assert found["own_projection_bytes"] == round(OWN_SHARE * 4 * 3 * ((8 + 6 + 24) + (8 + 8)))
+    config = dataclasses.replace(config, share="model")
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=8, vdim=6), nn.Linear(8, 8))
+    assert inspect_model(model, config).totals()["own_projection_bytes"] == 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4-double", "int8"])
+def test_a_quantised_base_takes_what_bitsandbytes_takes(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=300))
+    found = inspect_model(
+        copy.deepcopy(model), UORAConfig(rank=4, target_modules="all-linear"), quantize=kind
+    )
+    assert {layer.form for layer in found.layers} == {"factored"}
+    taken = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            taken += sum(p.nbytes for p in module.parameters(recurse=False))
+        elif kind == "int8":
+            packed = bnb.nn.Linear8bitLt(
+                module.in_features, module.out_features, bias=False, has_fp16_weights=False
+            )
+            packed.load_state_dict(module.state_dict())
+            packed = packed.to("cpu")
+            taken += sum(t.nbytes for t in packed.state_dict().values())
+        else:
+            options = {"quant_type": kind[:3], "compress_statistics": "double" in kind}
+            packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, **options)
+            packed.load_state_dict(module.state_dict())
+            state = packed.to("cpu").state_dict()
+            taken += sum(
+                t.nbytes for key, t in state.items() if "quant_map" not in key and "quant_state" not in key
+            )
+    assert abs(found.totals()["base_bytes"] - taken) < 0.01 * taken
+    with pytest.raises(ValueError, match="quantize='4bit' is not allowed"):
+        inspect_model(copy.deepcopy(model), UORAConfig(rank=4), quantize="4bit")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import gc
 import resource
 import statistics
@@ -119,6 +120,7 @@ def measure(shape: str, base: str, checkpointing: bool, method: str, rank: int, 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what refreshing and packing have freed is not the step's
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None

@@ -272,6 +272,7 @@ class Projections(nn.Module):
         if name.endswith(":columns"):  # contiguous, as in B
             values = values.t().contiguous().t()
         self.register_buffer(name, values)
+        self.elsewhere.clear()  # copies of what stood here before
         self.has_own = self.has_own or _is_own(name)
 
     @property

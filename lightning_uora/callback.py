@@ -72,9 +72,10 @@ class UORACallback(Callback):
         reinit: When and which weak rows of A and B are refreshed, a :class:`ReinitSchedule`; None: never.
         checkpoint: ``"full"`` checkpoints hold everything; ``"adapter"`` ones hold what trained, the base's
             buffers and how to rebuild A and B, and want the same base when they are loaded.
-        vector_lr: Learning rate of the vectors d and b. ``"auto"``: 0.01 under Adam, AdamW and their kind, in
-            runs of fewer than 1,000 steps up to 0.05 (0.01 x the root of 1,000 / steps), wherever the
-            module's optimizer has the vectors among other parameters or does not know them. They get a group
+        vector_lr: Learning rate of the vectors d and b. ``"auto"``: 0.01 under Adam, AdamW and their kind,
+            times the root of 1,000 / steps (1 to 5), times the root of 12 / adapted layers (at most 1), times
+            2.5 where the schedule warms up and decays, to two digits; wherever the module's
+            optimizer has the vectors among other parameters or does not know them. They get a group
             of their own, ``uora_vectors``, without weight decay, that follows the schedule of the group that
             they came from. A group that holds vectors alone is yours and stays. A number: that rate, under
             any optimizer. None: the optimizer is left alone.

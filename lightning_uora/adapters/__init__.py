@@ -26,7 +26,7 @@ from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
-from lightning_uora.adapters.opaque import is_opaque, packed_parts, settle_
+from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
 from lightning_uora.adapters.own_rows import packed, unpacked
 from lightning_uora.adapters.projections import (
     OWNER,
@@ -59,6 +59,7 @@ __all__ = [
     "find_heads",
     "is_adapted",
     "is_opaque",
+    "is_quantised",
     "merged_flops",
     "named_adapters",
     "named_buffers",

@@ -49,8 +49,8 @@ class AdaptedAround(AdaptedModule):
     @override
     def merged_weights(self) -> Any:
         raise ValueError(
-            f"the weight of a {self.original_class.__name__} is quantised, and an update is lost in its "
-            "rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear layers."
+            f"the weight of a {self.original_class.__name__} is quantised, and an update would be lost in "
+            "its rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear layers."
         )
 
     def dequantised(self) -> Tensor:

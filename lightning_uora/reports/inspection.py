@@ -150,7 +150,7 @@ class Inspection:
             f"refreshes: about {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
             f"{_bytes(t['training_state_bytes'])}, kept for backward {_bytes(t['activation_bytes'])}"
         )
-        how = f" with its linear layers in {self.quantize}" if self.quantize else ""
+        how = f" with its linear layers but heads in {self.quantize}" if self.quantize else ""
         yield f"the frozen base itself: {_bytes(t['base_bytes'])}{how}"
         yield f"extra FLOPs: +{t['extra_flops_fraction']:.1%} of what these layers take when frozen"
 

@@ -30,7 +30,14 @@ from lightning_uora.adapters import (
 from lightning_uora.distributed import first_rank, is_sharded, whole
 from lightning_uora.storage.manifest import check_manifest, check_vectors, config_of
 from lightning_uora.storage.placing import place_of, renamed
-from lightning_uora.storage.restoring import Mismatch, adapter_state, describe, restore
+from lightning_uora.storage.restoring import (
+    Mismatch,
+    adapter_state,
+    describe,
+    require_finite,
+    restore,
+    trained_state,
+)
 
 __all__ = ["load_adapter", "read", "save_adapter", "write_folder"]
 
@@ -65,6 +72,7 @@ def save_adapter(
     owner = one.owner
     owner.require_calibrated("saving an adapter")
     manifest = describe(one)
+    require_finite({name: whole(t.detach()) for name, t in trained_state(one).items()}, "the model", "saved")
     tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in adapter_state(one).items()}
     if is_sharded(model) and not first_rank():
         return

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from lightning_uora.adapters import (
     OWNER,
+    AdaptedAround,
     Selection,
     attach_to,
     attachment_of,
     detach_uora,
+    is_quantised,
     named_adapters,
     plain,
 )
@@ -30,6 +32,8 @@ def detached_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of an adapted module after its adapters are merged and gone."""
     places = Counter(id(p) for m in module.modules() for p in m._parameters.values())
     for name, adapted in named_adapters(module):
+        if isinstance(adapted, AdaptedAround):
+            raise ValueError(_quantised(name))
         shared = [part for part, W, _ in adapted.merged_weights() if places[id(W)] > 1]
         if shared:
             raise ValueError(f"{_tied(f'{name}.{shared[0]}')}")
@@ -110,6 +114,17 @@ def _is_vector(key: str) -> bool:
     return key.rpartition(".")[2] in ("uora_d", "uora_b")
 
 
+PLAIN = ("uora_d", "uora_b", "bias", "in_proj_bias")
+"""What an adapted module has besides its weight."""
+
+
+def _quantised(name: str) -> str:
+    return (
+        f"module {name!r} is quantised, and an update would be lost in its rounding; in Python, "
+        "detach_uora(module, merge=True, dequantize=True) leaves plain Linear layers."
+    )
+
+
 def _tied(name: str) -> str:
     return (
         f"{name!r} is one with another weight of the model; a class that ties them would take the merged one "
@@ -127,9 +142,15 @@ def _merged(manifest: dict[str, Any], state: dict[str, Tensor]) -> Iterator[tupl
         for part in module.adapted_parts:
             key = ".".join(piece for piece in (prefix.rstrip("."), name, part.name) if piece)
             told = next(p for p in manifest["layers"][name]["parts"] if p[0] == part.name)
+            place = key.removesuffix(part.name)
+            packed = {k for k in state if k.startswith(place)} - {f"{place}{end}" for end in PLAIN}
+            if key not in state and packed:
+                raise ValueError(_quantised(name))
             if key not in state:
                 raise ValueError(f"the checkpoint lacks {key!r}: it holds adapters without their base.")
             W = state[key]
+            if is_quantised(W) or W.numel() != part.m * part.n:
+                raise ValueError(_quantised(name))
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():
                 A, B, d, b = (t.to(wide) for t in module._uora_tensors(part.n))

@@ -37,7 +37,8 @@ from lightning_uora.storage.fingerprints import fingerprint, near, sample
 from lightning_uora.storage.manifest import VERSION
 
 __all__ = ["Mismatch", "adapter_state", "check_base", "check_keys", "check_names", "describe", "restore"]
-__all__ += ["few", "frozen_parameters", "quantised_prefixes", "require_modules", "take_projections"]
+__all__ += ["few", "frozen_parameters", "quantised_prefixes", "require_finite", "require_modules"]
+__all__ += ["take_projections", "trained_state"]
 
 Mismatch = Literal["error", "warn"]
 
@@ -115,11 +116,23 @@ def quantised_prefixes(root: nn.Module) -> tuple[str, ...]:
 
 def adapter_state(one: Attachment) -> dict[str, Tensor]:
     """What an adapter is besides its manifest: trained parameters, and the buffers of the base."""
-    vectors = {f"{n}.{v}".lstrip("."): getattr(m, v) for n, m in one.layers for v in ("uora_d", "uora_b")}
     own = {id(b) for m in one.root.modules() if isinstance(m, Projections) for b in m.buffers()}
     base = frozen_parameters(one.root)
     buffers = {n: b for n, b in named_buffers(one.root).items() if id(b) not in own and n not in base}
-    return vectors | trained_names(one.root) | buffers
+    return trained_state(one) | buffers
+
+
+def trained_state(one: Attachment) -> dict[str, Tensor]:
+    """The vectors, and what trains besides."""
+    vectors = {f"{n}.{v}".lstrip("."): getattr(m, v) for n, m in one.layers for v in ("uora_d", "uora_b")}
+    return vectors | trained_names(one.root)
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: str, action: str) -> None:
+    """Raise ``ValueError`` where something that trained has become NaN or infinite."""
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise ValueError(f"{few(bad)} of {where} has values that are not finite; nothing was {action}.")
 
 
 def restore(
@@ -148,6 +161,9 @@ def restore(
     projections = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
     values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.") and k not in aside}
     check_keys(state, values)
+    require_finite(
+        {name: t for name, t in values.items() if name in trained_state(one)}, "the adapter", "loaded"
+    )
     check_base(one, manifest["base"], base_mismatch)
     take_projections(one, manifest, projections)
     with torch.no_grad():

@@ -20,6 +20,9 @@ from lightning_uora.trainer.training_batches import TrainingBatches
 __all__ = ["Refreshing"]
 
 
+DEFAULTS = (ReinitSchedule.threshold, ReinitSchedule.max_fraction)
+
+
 class Refreshing:
     """Carries out a schedule at the hooks of a Trainer, for each adapted model.
 
@@ -69,7 +72,11 @@ class Refreshing:
         """Warn where no refresh found a weak row."""
         schedule = self.schedule
         for _, refresher in self._places:
-            if refresher.is_over and not refresher.refreshed:
+            chosen = (
+                schedule.threshold,
+                schedule.max_fraction,
+            ) != DEFAULTS  # at low ranks they may find none
+            if chosen and refresher.is_over and not refresher.refreshed:
                 rank_zero_warn(
                     f"reinit refreshed no row in {len(refresher.due)} attempts: "
                     f"threshold={schedule.threshold} ({schedule.threshold_mode}) or "

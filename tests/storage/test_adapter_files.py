@@ -5,6 +5,7 @@ it was.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_uora import (
@@ -299,3 +301,33 @@ def test_a_base_that_was_written_between_two_saves_has_new_fingerprints(tmp_path
     save_adapter(model, tmp_path)
     detach_uora(model)
     assert load_adapter(model, tmp_path) == ["0"]
+
+
+@pytest.mark.parametrize("name", ["uora_d", "uora_b", "head"])
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(name, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"body": nn.Linear(6, 5), "head": nn.Linear(5, 2)})
+
+    config = UORAConfig(rank=3, target_modules=["body"], trainable_modules=["head"])
+    model = made()
+    attach_uora(model, config)
+    save_adapter(model, tmp_path / "good")
+    spoiled = model["head"].bias if name == "head" else getattr(model["body"], name)
+    with torch.no_grad():
+        spoiled[0] = float("nan")
+    with pytest.raises(ValueError, match=r"of the model has values that are not finite; nothing was saved"):
+        save_adapter(model, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    tensors = load_file(tmp_path / "good" / "uora_adapter.safetensors")
+    tensors["head.bias" if name == "head" else f"body.{name}"][0] = float("inf")
+    save_file(tensors, tmp_path / "good" / "uora_adapter.safetensors")
+    told = json.loads((tmp_path / "good" / "uora_config.json").read_text())
+    told["sha256"] = hashlib.sha256((tmp_path / "good" / "uora_adapter.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "good" / "uora_config.json").write_text(json.dumps(told))
+    other = made()
+    with pytest.raises(
+        ValueError, match=r"of the adapter has values that are not finite; nothing was loaded"
+    ):
+        load_adapter(other, tmp_path / "good")
+    assert not hasattr(other, "uora_projections")

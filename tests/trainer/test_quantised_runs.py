@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_uora import UORACallback, attach_uora, load_from_checkpoint, named_adapters
+from lightning_uora.cli import main
 from lightning_uora.trainer import convert_first
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -134,3 +135,12 @@ def test_a_quantised_layer_is_not_trained_as_it_is():
         attach_uora(
             module, UORACallback(rank=4, target_modules=["body.0"], trainable_modules=["body.1"]).config
         )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_command_line_does_not_merge_into_quantised_numbers(kind, tmp_path, capsys):
+    fitted(tmp_path, Quantised(kind), uora(), 1)
+    assert main(["merge", str(tmp_path / "epoch=0.ckpt"), str(tmp_path / "out.ckpt")]) == 2
+    assert "module 'body.0' is quantised" in capsys.readouterr().err
+    assert not (tmp_path / "out.ckpt").exists()

@@ -384,6 +384,7 @@ GENTLE = {
 }
 
 
+@EPOCH
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step()")
 @pytest.mark.parametrize("schedule", GENTLE)
 def test_the_rate_is_higher_where_the_schedule_warms_up_and_decays(schedule):

@@ -21,6 +21,7 @@ __all__ = ["Refreshing"]
 
 
 DEFAULTS = (ReinitSchedule.threshold, ReinitSchedule.max_fraction)
+"""At low ranks these may find nothing weak, and nobody asked for more."""
 
 
 class Refreshing:

@@ -161,9 +161,8 @@ def restore(
     projections = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
     values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.") and k not in aside}
     check_keys(state, values)
-    require_finite(
-        {name: t for name, t in values.items() if name in trained_state(one)}, "the adapter", "loaded"
-    )
+    trained = trained_state(one)
+    require_finite({n: t for n, t in values.items() if n in trained}, "the adapter", "loaded")
     check_base(one, manifest["base"], base_mismatch)
     take_projections(one, manifest, projections)
     with torch.no_grad():

@@ -73,10 +73,7 @@ class Refreshing:
         """Warn where no refresh found a weak row."""
         schedule = self.schedule
         for _, refresher in self._places:
-            chosen = (
-                schedule.threshold,
-                schedule.max_fraction,
-            ) != DEFAULTS  # at low ranks they may find none
+            chosen = (schedule.threshold, schedule.max_fraction) != DEFAULTS
             if chosen and refresher.is_over and not refresher.refreshed:
                 rank_zero_warn(
                     f"reinit refreshed no row in {len(refresher.due)} attempts: "

@@ -39,7 +39,7 @@ soak: .venv/.test
 	touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python
-	$(INSTALL) '.[test,quantized]'
+	$(INSTALL) '.[test,quantized,onnx]'
 	touch $@ .venv/.examples
 
 # uv picks the versions; it does not read pip's settings, so the index goes on to it, where pip has one set.

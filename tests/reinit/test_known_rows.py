@@ -45,4 +45,5 @@ def test_known_rows_turn_as_by_decomposition(sizes, share, interpolation, monkey
     assert any(one is not None for one in used)
     assert set(fast) == set(slow)
     for name, M in fast.items():
-        torch.testing.assert_close(M, slow[name], atol=1e-4, rtol=0)
+        # where little of a drawn direction is left, down to a 1000th, rounding grows by as much
+        torch.testing.assert_close(M, slow[name], atol=1e-3, rtol=0)

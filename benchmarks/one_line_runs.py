@@ -19,7 +19,7 @@ GRIDS = {
 """Rates of the methods that have one of their own; the others take the base rate."""
 STARTS = {"groups": 3e-2, "lora-own": 3e-3}
 REFRESH = {"line": "lambda-0.2", "line+inputs": "lambda-0.2", "groups": "lambda-0.2"}
-"""As in ``quality_methods.POLICIES``: the callback's default up to version 0.2; now its threshold is 0.1."""
+"""As in ``quality_methods.POLICIES``: the callback's default up to version 0.1; now its threshold is 0.1."""
 SAME = {("docstrings-all", method): "docstrings" for method in ("head", "full")}
 """Where a run does not depend on which layers are adapted: whose it is."""
 

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
+from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 from training import fit, now
 
-from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, named_adapters, refresh
+from lightning_uora import (
+    ReinitSchedule,
+    UORAConfig,
+    attach_uora,
+    load_adapter,
+    named_adapters,
+    refresh,
+    save_adapter,
+)
 from lightning_uora.adapters import attachment_of
 from lightning_uora.reinit import Refresher
 
@@ -29,6 +39,37 @@ def cost(quick: bool) -> None:
         model = timm.create_model(size, num_classes=10)
         attach_uora(model, UORAConfig(rank=1024, target_modules="qkv", share=share))
         print(f"{size}, rank 1024, share={share}: {_cost(model, rounds)}", flush=True)
+
+
+def default(quick: bool) -> None:
+    """Four refreshes by the default schedule on the default targets, as a user meets them; the file after."""
+    torch.set_num_threads(2)
+    size = "vit_tiny_patch16_224" if quick else "vit_base_patch16_224"
+    torch.manual_seed(0)
+    model, twin = timm.create_model(size, num_classes=10), timm.create_model(size, num_classes=10)
+    twin.load_state_dict(model.state_dict())
+    layers = len(attach_uora(model, UORAConfig(rank=1024)))
+    held, seconds = sum(b.nbytes for b in model.uora_projections.buffers()), []
+    for _ in range(4):
+        with torch.no_grad():
+            for _, module in named_adapters(model):
+                module.uora_d.add_(0.05 * torch.randn(1024))
+        start = now()
+        refresh(model, ReinitSchedule())
+        seconds.append(f"{now() - start:.2f}")
+    grown = sum(b.nbytes for b in model.uora_projections.buffers())
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        kilobytes = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1000
+        start = now()
+        load_adapter(twin, folder)
+        loading = now() - start
+    print(
+        f"{size}, rank 1024, {layers} layers, default schedule: refreshes {', '.join(seconds)} s; A and B "
+        f"{held / 2**20:.1f} MiB before, {grown / 2**20:.1f} MiB after; folder {kilobytes:.0f} kB; "
+        f"load_adapter {loading:.2f} s",
+        flush=True,
+    )
 
 
 def _cost(model: nn.Module, rounds: int) -> str:
@@ -73,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     cost(parser.parse_args().quick)
+    default(parser.parse_args().quick)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ class AdaptedAround(AdaptedModule):
 
     @override
     def base_norm(self) -> Tensor:
-        if "norm" not in self.__dict__["_uora"].__dict__:
-            self._uora.__dict__["norm"] = self.dequantised().norm()
-        return cast(Tensor, self._uora.__dict__["norm"])
+        if self._uora.norm is None:  # frozen, and dear to find
+            self._uora.norm = self.dequantised().norm()
+        return self._uora.norm
 
     @override
     def form(self, tokens: int) -> Literal["merged", "factored"]:

@@ -155,6 +155,8 @@ def detach_uora(model: nn.Module, merge: bool = False, dequantize: bool = False)
             "model is sharded, and its shards know its adapters; save a checkpoint and detach where "
             "load_from_checkpoint brings it back whole, or merge the file with `uora merge`."
         )
+    if dequantize and not merge:
+        raise ValueError("dequantize=True is for merge=True: without it the layers stay as they were.")
     plain: list[tuple[AdaptedModule, nn.Linear]] = []
     if merge:
         layers = {f"{one.prefix}{name}": module for one in found for name, module in one.layers}
@@ -180,11 +182,6 @@ def _detach(one: Attachment) -> None:
     for name, before in one.owner.requires_grad_before.items():
         if name.startswith(within) and (p := parameters.get(name.removeprefix(within))) is not None:
             p.requires_grad_(before)
-
-
-# Note [Shared weights]
-# A weight with several names is one parameter. Adapted in one module, the others read the base; so merging
-# may not write into it. The adapted module gets a parameter of its own, and the tie is cut.
 
 
 def _merged_linears(
@@ -217,6 +214,11 @@ def _exchange(model: nn.Module, pairs: list[tuple[AdaptedModule, nn.Linear]]) ->
         for name, child in module._modules.items():
             if id(child) in places:
                 module._modules[name] = places[id(child)]
+
+
+# Note [Shared weights]
+# A weight with several names is one parameter. Adapted in one module, the others read the base; so merging
+# may not write into it. The adapted module gets a parameter of its own, and the tie is cut.
 
 
 def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:

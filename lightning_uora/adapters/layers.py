@@ -55,6 +55,7 @@ class Adapter:
         sharded: The weight was seen as a DTensor.
         raw: Assignments to the adapted parameters are of the base (a state dict's).
         before: Attributes of a quantised module as they were.
+        norm: Of a quantised weight, once it was asked for.
     """
 
     owner: Projections
@@ -66,6 +67,7 @@ class Adapter:
     sharded: bool = False
     raw: bool = False
     before: dict[str, Any] = field(default_factory=dict)
+    norm: Tensor | None = None
 
     @property
     def m(self) -> int:

@@ -46,7 +46,10 @@ def is_quantised(t: Tensor) -> bool:
 def is_opaque(module: nn.Module) -> bool:
     """See Note [What is opaque]."""
     m, n = (getattr(module, name, None) for name in ("out_features", "in_features"))
-    if not (isinstance(m, int) and isinstance(n, int) and m > 0 and n > 0) or module._modules:
+    inside = [
+        name for name in module._modules if not name.startswith("uora_")
+    ]  # A and B, where it is the root
+    if not (isinstance(m, int) and isinstance(n, int) and m > 0 and n > 0) or inside:
         return False
     weight = module._parameters.get("weight")
     if weight is not None:

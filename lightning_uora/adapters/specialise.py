@@ -71,7 +71,7 @@ def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModu
     if opaque:
         settle_(module)
         with_forward(module)
-        if hasattr(module, PACKS):  # see Note [Another packing on CPUs]
+        if PACKS in module.__dict__:  # see Note [Another packing on CPUs]
             adapter.before[PACKS], module.__dict__[PACKS] = module.__dict__[PACKS], False
     return cast(AdaptedModule, module)
 

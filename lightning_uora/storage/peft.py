@@ -36,6 +36,7 @@ from lightning_uora.storage.peft_names import (
     topmost,
     version_fact,
 )
+from lightning_uora.storage.restoring import require_finite
 
 __all__ = ["export_peft", "write_peft"]
 
@@ -140,6 +141,8 @@ def write_peft(
         raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
     if max_rank is not None and (format == "vera" or max_rank < 1):
         raise ValueError(f"max_rank={max_rank} is not allowed; it is a positive number, for format='lora'.")
+    vectors = {f"{n}.{v}": getattr(m, v) for n, m in adapters.items() for v in ("uora_d", "uora_b")}
+    require_finite(vectors | dict(trained), "the model", "exported")
     require_told_apart(heads, format)
     for module in adapters.values():
         module._uora.owner.require_calibrated("an export")

@@ -104,8 +104,14 @@ def frozen_parameters(root: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, AdaptedAround) or is_opaque(module):
             settle_(module)
     trained = set(trained_parameters(root))
-    packed = {n: b for n, b in named_buffers(root).items() if n.startswith(quantised_prefixes(root))}
+    prefixes, own = quantised_prefixes(root), _owned(root)
+    packed = {n: b for n, b in named_buffers(root).items() if n.startswith(prefixes) and id(b) not in own}
     return {name: p for name, p in (named_parameters(root) | packed).items() if name not in trained}
+
+
+def _owned(root: nn.Module) -> set[int]:
+    """Identities of A and B."""
+    return {id(b) for m in root.modules() if isinstance(m, Projections) for b in m.buffers()}
 
 
 def quantised_prefixes(root: nn.Module) -> tuple[str, ...]:
@@ -116,7 +122,7 @@ def quantised_prefixes(root: nn.Module) -> tuple[str, ...]:
 
 def adapter_state(one: Attachment) -> dict[str, Tensor]:
     """What an adapter is besides its manifest: trained parameters, and the buffers of the base."""
-    own = {id(b) for m in one.root.modules() if isinstance(m, Projections) for b in m.buffers()}
+    own = _owned(one.root)
     base = frozen_parameters(one.root)
     buffers = {n: b for n, b in named_buffers(one.root).items() if id(b) not in own and n not in base}
     return trained_state(one) | buffers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -68,22 +67,18 @@ def attach_in_time(
     Raises:
         ValueError: It has adapters of another configuration, or as ``attach_uora``.
     """
-    attach = partial(_attach, own=own, others=others, told=told, first=first)
+
+    def attach(module: LightningModule) -> None:
+        first(module)
+        _attach(module, own, others, told)
+
     if built_later(pl_module) and not is_adapted(pl_module):
         _run_after_configure_model(pl_module, attach)
     else:
         attach(pl_module)
 
 
-def _attach(
-    pl_module: LightningModule,
-    *,
-    own: Any,
-    others: Sequence[Any],
-    told: Told,
-    first: Callable[[LightningModule], None],
-) -> None:
-    first(pl_module)
+def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: Told) -> None:
     if not attachments_of(pl_module, own.config):
         theirs = [other.config for other in others]
         for one in attachments(pl_module):

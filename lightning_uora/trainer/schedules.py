@@ -84,7 +84,10 @@ def _last_rate(one: Any, place: int, end: int | None) -> float:
     if isinstance(one, DECAYING):
         return 0.0
     if end is not None and end > 0 and isinstance(one, lr_scheduler.LambdaLR):
-        return float(one.base_lrs[place] * one.lr_lambdas[place](end))
+        try:
+            return float(one.base_lrs[place] * one.lr_lambdas[place](end))
+        except Exception:  # the user's function, which may know of fewer steps
+            return float("inf")
     if end is not None and end > 0 and _is_timm(one) and hasattr(one, "_get_lr"):
         return float(one._get_lr(end)[place])
     return float("inf")

@@ -366,3 +366,22 @@ def test_an_evaluation_neither_changes_the_base_nor_stops_its_gradients(tmp_path
         model[0].__dict__.items()
         >= {"support_avx512bf16_for_cpu": net("nf4")[0].support_avx512bf16_for_cpu}.items()
     )
+
+
+def test_dequantising_without_merging_is_refused():
+    model = adapted("nf4")
+    with pytest.raises(ValueError, match=r"dequantize=True is for merge=True"):
+        detach_uora(model, dequantize=True)
+    assert hasattr(model, "uora_projections")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "packed in buffers"])
+def test_a_quantised_layer_may_be_the_whole_model(kind, tmp_path):
+    """Then A and B lie inside of it, and are not its packed numbers."""
+    model, twin = (net(kind)[0] for _ in range(2))
+    attach_uora(model, UORAConfig(rank=8, target_modules="all-linear"))
+    moved(model)
+    refresh(model, LOWEST)
+    save_adapter(model, tmp_path)
+    load_adapter(twin, tmp_path)
+    assert torch.equal(twin(inputs()), model(inputs()))

@@ -24,6 +24,7 @@ from lightning_uora import (
     UORAConfig,
     attach_uora,
     detach_uora,
+    export_peft,
     load_adapter,
     named_adapters,
     refresh,
@@ -318,6 +319,8 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(name, tmp_path
         spoiled[0] = float("nan")
     with pytest.raises(ValueError, match=r"of the model has values that are not finite; nothing was saved"):
         save_adapter(model, tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"of the model has values that are not finite; nothing was exp"):
+        export_peft(model, tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
     tensors = load_file(tmp_path / "good" / "uora_adapter.safetensors")
     tensors["head.bias" if name == "head" else f"body.{name}"][0] = float("inf")

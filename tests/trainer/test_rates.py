@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as S  # noqa: N812 - many names of it
 
 from lightning_uora import ReinitSchedule, UORACallback, attach_uora, param_groups
 from lightning_uora.trainer.rates import auto_rate
-from lightning_uora.trainer.schedules import peak_rate
+from lightning_uora.trainer.schedules import is_gentle, peak_rate
 from tests.toys import BUILT, Toy, callback, data, equal_batches, trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when")
@@ -406,6 +406,14 @@ def test_the_rate_is_higher_where_the_schedule_warms_up_and_decays(schedule):
     schedulers = [config.scheduler for config in run.lr_scheduler_configs]
     base = schedulers[0].base_values[1] if schedule == "timm" else peak_rate(schedulers, 1)
     assert base == auto_rate(8, 2, gentle)
+
+
+def test_a_schedule_that_cannot_be_asked_about_its_end_is_not_called_gentle():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = S.LambdaLR(optimizer, lambda step: [0.1, 1.0, 0.0][step])
+    assert is_gentle(schedule, 0, 2)
+    assert not is_gentle(schedule, 0, 100)
+    assert not is_gentle(schedule, 0, None)
 
 
 def test_groups_with_and_without_decay_give_one_group_of_vectors():

@@ -47,7 +47,7 @@ def lora(
         A, B, d, b = _factors(name, module, layers[name])
         down, up = d[:, None] * A, b[:, None] * B
         if max_rank is not None:
-            up, down, squares[name] = _at_most(max_rank, name, up, down)
+            up, down, squares[name] = _at_most(max_rank, up, down)
         ranks[name] = len(down)
         kernel = layers[name]["kernel"]
         if kernel:
@@ -71,17 +71,12 @@ def lora(
     return tensors, {**settings, **patterns}, Loss.of(max_rank, shorter, squares)
 
 
-def _at_most(
-    max_rank: int, name: str, up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, tuple[float, float]]:
+def _at_most(max_rank: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Factors of at most that rank, with the squared error and the squared norm of the update."""
     norm = norm_squared(up, down)
     if len(down) <= max_rank:
         return up, down, (0.0, norm)
-    try:
-        up, down, error = shorten(up, down, min(max_rank, up.shape[0], down.shape[1]))
-    except ValueError as reason:
-        raise ValueError(f"module {name!r} cannot get a lower rank: {reason}.") from reason
+    up, down, error = shorten(up, down, min(max_rank, up.shape[0], down.shape[1]))
     return up, down, (error, norm)
 
 

@@ -173,14 +173,19 @@ def test_a_max_rank_that_cannot_be_is_refused(tmp_path, format: str, max_rank: i
 
 
 def test_an_update_that_is_not_finite_is_refused_by_name(tmp_path):
-    """Vectors that are finite can still multiply to more than a float32 holds."""
     _, model = adapted(9)
     with torch.no_grad():
-        model.wide.uora_b[2] = 1e30
-        model.wide.uora_d.fill_(1e30)
-    with pytest.raises(ValueError, match="'wide' cannot get a lower rank: the update has non-finite values"):
+        model.wide.uora_b[2] = torch.nan
+    with pytest.raises(ValueError, match=r"'wide.uora_b' of the model has values that are not finite"):
         export_peft(model, tmp_path / "out", max_rank=4)
     assert not (tmp_path / "out").exists()
+
+
+def test_factors_that_are_not_finite_have_no_approximation():
+    up, down = torch.ones(5, 3), torch.ones(3, 7)
+    up[1, 2] = torch.inf
+    with pytest.raises(ValueError, match="non-finite"):
+        shorten(up, down, 2)
 
 
 @pytest.mark.parametrize(("m", "r", "n"), [(7, 3, 5), (5, 9, 7), (3, 4, 11), (11, 4, 3)])

@@ -22,8 +22,9 @@ from lightning_uora.adapters.attachments import (
     vectors_in,
 )
 from lightning_uora.adapters.draws import draw_down, one_thread
+from lightning_uora.adapters.experts import AdaptedExperts
 from lightning_uora.adapters.functional import factored_flops, merged_flops
-from lightning_uora.adapters.kinds import Part
+from lightning_uora.adapters.kinds import Part, key_of
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
@@ -35,16 +36,19 @@ from lightning_uora.adapters.projections import (
     seeded_generator,
 )
 from lightning_uora.adapters.roles import find_heads
+from lightning_uora.adapters.stacked import active_experts, named_layers
 from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
 __all__ = [
     "OWNER",
     "AdaptedAround",
+    "AdaptedExperts",
     "AdaptedModule",
     "Attachment",
     "Part",
     "Projections",
     "Selection",
+    "active_experts",
     "adapters_disabled",
     "adopt",
     "attach_beside",
@@ -60,9 +64,11 @@ __all__ = [
     "is_adapted",
     "is_opaque",
     "is_quantised",
+    "key_of",
     "merged_flops",
     "named_adapters",
     "named_buffers",
+    "named_layers",
     "named_modules",
     "named_parameters",
     "one_thread",

@@ -31,6 +31,7 @@ from lightning_uora.adapters.opaque import dtype_of, is_opaque, plain_linear, te
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.specialise import specialise, unspecialise
+from lightning_uora.adapters.stacked import home, named_layers
 from lightning_uora.adapters.targets import Selection, select
 from lightning_uora.config import UORAConfig
 from lightning_uora.distributed import is_sharded
@@ -104,7 +105,7 @@ def attach_beside(model: nn.Module, config: UORAConfig) -> list[str]:
 
 def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None:
     """Adapt exactly the modules of ``selection``, by plain names, and freeze the rest."""
-    named = named_modules(root)
+    named = named_layers(root)
     modules = {name: named[name] for name in selection.adapted}
     parts = {name: named_parts(module) for name, module in modules.items()}
     device, dtype = _device_and_widest_dtype(modules, parts)
@@ -236,7 +237,7 @@ def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
         uses = Counter(map(id, places))
         for module, part, parameter, weight in merged:
             if uses[id(parameter)] > 1:  # see Note [Shared weights]
-                module._parameters[part] = nn.Parameter(weight.clone(), parameter.requires_grad)
+                module.home._parameters[part] = nn.Parameter(weight.clone(), parameter.requires_grad)
             else:
                 parameter.copy_(weight)
 
@@ -322,7 +323,7 @@ def _device_and_widest_dtype(
     opaque = {name for name, module in modules.items() if is_opaque(module)}
     device = next(iter(tensors_of(next(iter(modules.values()))).values())).device
     weights = {
-        (name, part): cast(Tensor, modules[name]._parameters[part])
+        (name, part): cast(Tensor, home(modules[name])._parameters[part])
         for name in modules
         for part in parts[name]
         if name not in opaque
@@ -354,8 +355,9 @@ def _freeze(one: Attachment, selection: Selection, config: UORAConfig) -> None:
             if parameter is None or id(parameter) in trains:
                 continue
             name = f"{path}.{leaf}" if path else leaf
-            bias = leaf in ("bias", "in_proj_bias") and (
-                config.bias == "all" or (config.bias == "adapted" and path in biased)
+            of = path if leaf in ("bias", "in_proj_bias") else name.removesuffix("_bias")  # experts': w_bias
+            bias = (of == path or (of != name and of in biased)) and (
+                config.bias == "all" or (config.bias == "adapted" and of in biased)
             )
             if name in bare or name.startswith(heads) or bias:
                 one.owner.trained.append(name)

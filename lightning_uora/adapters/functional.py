@@ -28,12 +28,18 @@ from torch import Tensor
 from lightning_uora.adapters.own_rows import NOTHING, Own, put
 
 __all__ = [
+    "NO_GRADIENT",
     "add_delta",
+    "as_layer_has",
+    "base_product",
     "compute_dtype",
     "factored_delta",
     "factored_flops",
     "factored_linear",
+    "flat_rows",
     "merged_flops",
+    "no_autocast",
+    "wants_plain",
 ]
 
 
@@ -59,7 +65,8 @@ def _autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: the functions below cast by themselves."""
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
@@ -69,8 +76,8 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 # down (torch.export, ONNX, jit.trace). They get the same formula, and torch differentiates it.
 
 
-def _wants_plain() -> bool:
-    """See Note [Plain operations]."""
+def wants_plain() -> bool:
+    """Whether somebody looks inside, see Note [Plain operations]."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     transforms: bool = torch._C._are_functorch_transforms_active()
@@ -84,8 +91,8 @@ def _wants_plain() -> bool:
 def _delta(
     W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype, *own: Tensor | None
 ) -> Tensor:
-    A, B = _whole(A, B, own)
-    with _no_autocast(W.device):
+    A, B = as_layer_has(A, B, own)
+    with no_autocast(W.device):
         P = B.to(dtype) @ (d[:, None] * A).to(dtype)
         wide = torch.promote_types(W.dtype, b.dtype)
         rows = b.to(wide).reshape(-1, *[1] * (W.dim() - 1))
@@ -95,7 +102,7 @@ def _delta(
 # The functions below name all six of Own's: torch.compile counts a starred argument of a Function wrongly.
 
 
-def _whole(A: Tensor, B: Tensor, own: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def as_layer_has(A: Tensor, B: Tensor, own: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """A and B as one layer has them; ``own`` is in the order of :class:`Own`."""
     rows, at, columns, columns_at, lines, lines_at = own
     return put(A, 0, rows, at), put(put(B, 1, columns, columns_at), 0, lines, lines_at)
@@ -132,13 +139,14 @@ class _AddDelta(torch.autograd.Function):
         A, B, d, b, *own = ctx.saved_tensors
         grad_d = grad_b = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            A, B = _whole(A, B, own)
+            A, B = as_layer_has(A, B, own)
             Kt = A.to(ctx.dtype) @ G.reshape(b.numel(), -1).to(ctx.dtype).t()
             grad_d, grad_b = _vector_gradients(Kt, B, d, b)
-        return (G if ctx.needs_input_grad[0] else None), None, None, grad_d, grad_b, None, *_NO_GRADIENT
+        return (G if ctx.needs_input_grad[0] else None), None, None, grad_d, grad_b, None, *NO_GRADIENT
 
 
-_NO_GRADIENT = (None,) * len(NOTHING)
+NO_GRADIENT = (None,) * len(NOTHING)
+"""Of what is a layer's own."""
 
 
 def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = NOTHING) -> Tensor:
@@ -157,7 +165,7 @@ def add_delta(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = 
     Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
     """
     dtype = compute_dtype(W.device, W.dtype)
-    if _wants_plain():
+    if wants_plain():
         return _delta(W, A, B, d, b, dtype, *own)
     result: Tensor = _AddDelta.apply(W, A, B, d, b, dtype, *own)
     return result
@@ -189,12 +197,12 @@ class _FactoredLinear(torch.autograd.Function):
         lines: Tensor | None,
         lines_at: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        h = _linear(x, W, bias, transposed)
-        A, B = _whole(A, B, (rows, at, columns, columns_at, lines, lines_at))
-        with _no_autocast(x.device):
-            z = _rows(x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
+        h = base_product(x, W, bias, transposed)
+        A, B = as_layer_has(A, B, (rows, at, columns, columns_at, lines, lines_at))
+        with no_autocast(x.device):
+            z = flat_rows(x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
             up = (b[:, None] * B).to(dtype).t()
-            flat, scaled = _rows(h), (z * d).to(dtype)
+            flat, scaled = flat_rows(h), (z * d).to(dtype)
             if h.dtype == dtype:
                 flat.addmm_(scaled, up)
             else:
@@ -212,18 +220,18 @@ class _FactoredLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g, grad_z = grad_outputs
         A, B, d, b, z, W, x, *own = ctx.saved_tensors
-        A, B = _whole(A, B, own)
+        A, B = as_layer_has(A, B, own)
         need_x, need_dropped, need_W, need_bias, _, _, need_d, need_b, *_ = ctx.needs_input_grad
         grad_x = grad_dropped = grad_W = grad_bias = grad_d = grad_b = u = None
         if g is not None:
-            g = _rows(g)
+            g = flat_rows(g)
             low = g.to(ctx.dtype)
             if need_x:
                 grad_x = g @ (W.t() if ctx.transposed else W).to(g.dtype)
             if need_dropped or (need_x and not ctx.drops):
                 u = ((low @ (b[:, None] * B).to(ctx.dtype)) * d).to(ctx.dtype)
             if need_W:
-                grad_W = _rows(x).to(g.dtype).t() @ g
+                grad_W = flat_rows(x).to(g.dtype).t() @ g
                 grad_W = (grad_W if ctx.transposed else grad_W.t()).to(W.dtype)
             if need_bias:
                 grad_bias = g.sum(0)
@@ -248,11 +256,12 @@ class _FactoredLinear(torch.autograd.Function):
             grad_b,
             None,
             None,
-            *_NO_GRADIENT,
+            *NO_GRADIENT,
         )
 
 
-def _rows(t: Tensor) -> Tensor:
+def flat_rows(t: Tensor) -> Tensor:
+    """(..., n) as (T, n)."""
     return t.reshape(-1, t.shape[-1])
 
 
@@ -277,19 +286,20 @@ def _plain_factored(
     *own: Tensor | None,
 ) -> Tensor:
     """See Note [Plain operations]."""
-    h = _linear(x, W, bias, transposed)
-    A, B = _whole(A, B, own)
-    with _no_autocast(x.device):
+    h = base_product(x, W, bias, transposed)
+    A, B = as_layer_has(A, B, own)
+    with no_autocast(x.device):
         z = (x if dropped is None else dropped).to(dtype) @ A.to(dtype).t()
         return h + ((z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()).to(h.dtype)
 
 
-def _linear(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def base_product(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The base's own product with its frozen weight, by the same kernel as without an adapter."""
     if not transposed:
         return torch.nn.functional.linear(x, W, bias)
-    assert bias is not None
-    return torch.addmm(bias, _rows(x), W).reshape(*x.shape[:-1], W.shape[1])
+    if bias is None:
+        return torch.matmul(x, W)
+    return torch.addmm(bias, flat_rows(x), W).reshape(*x.shape[:-1], W.shape[1])
 
 
 def factored_linear(
@@ -330,7 +340,7 @@ def factored_linear(
     Note [The layer inside the factored form].
     """
     dtype = compute_dtype(x.device, x.dtype)
-    if _wants_plain():
+    if wants_plain():
         return _plain_factored(x, dropped, W, bias, A, B, d, b, dtype, transposed, *own)
     out, _ = _FactoredLinear.apply(x, dropped, W, bias, A, B, d, b, dtype, transposed, *own)
     result: Tensor = out
@@ -353,9 +363,9 @@ class _FactoredDelta(torch.autograd.Function):
         lines: Tensor | None,
         lines_at: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        A, B = _whole(A, B, (rows, at, columns, columns_at, lines, lines_at))
-        with _no_autocast(x.device):
-            z = _rows(x).to(dtype) @ A.to(dtype).t()
+        A, B = as_layer_has(A, B, (rows, at, columns, columns_at, lines, lines_at))
+        with no_autocast(x.device):
+            z = flat_rows(x).to(dtype) @ A.to(dtype).t()
             out = (z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()
             return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], b.numel())), z
 
@@ -370,11 +380,11 @@ class _FactoredDelta(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g, grad_z = grad_outputs
         A, B, d, b, z, *own = ctx.saved_tensors
-        A, B = _whole(A, B, own)
+        A, B = as_layer_has(A, B, own)
         need_x, _, _, need_d, need_b, *_ = ctx.needs_input_grad
         grad_x = grad_d = grad_b = u = None
         if g is not None:
-            low = _rows(g).to(ctx.dtype)
+            low = flat_rows(g).to(ctx.dtype)
             if need_x:
                 u = ((low @ (b[:, None] * B).to(ctx.dtype)) * d).to(ctx.dtype)
             if need_d or need_b:
@@ -383,7 +393,7 @@ class _FactoredDelta(torch.autograd.Function):
             u = grad_z if u is None else u + grad_z
         if u is not None:
             grad_x = (u @ A.to(u.dtype)).to(ctx.x_dtype).reshape(ctx.shape)
-        return grad_x, None, None, grad_d, grad_b, None, *_NO_GRADIENT
+        return grad_x, None, None, grad_d, grad_b, None, *NO_GRADIENT
 
 
 def factored_delta(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = NOTHING) -> Tensor:
@@ -397,9 +407,9 @@ def factored_delta(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: O
     Source: VeRA (arXiv:2310.11454) eq. 2; the backward is ours, see Note [Gradient without activations].
     """
     dtype = compute_dtype(x.device, x.dtype)
-    if _wants_plain():
-        A, B = _whole(A, B, own)
-        with _no_autocast(x.device):
+    if wants_plain():
+        A, B = as_layer_has(A, B, own)
+        with no_autocast(x.device):
             z = x.to(dtype) @ A.to(dtype).t()
             return (z * d).to(dtype) @ (b[:, None] * B).to(dtype).t()
     out, _ = _FactoredDelta.apply(x, A, B, d, b, dtype, *own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,30 +14,48 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_uora.adapters.functional import add_delta
 from lightning_uora.adapters.opaque import is_opaque, sizes, unreachable
 from lightning_uora.adapters.own_rows import NOTHING, Own
+from lightning_uora.adapters.stacked import Experts, stacks_in, unreadable
 
-__all__ = ["Part", "has_plain_forward", "is_linear_like", "is_supported", "named_parts", "unsupported"]
+__all__ = ["Part", "has_plain_forward", "is_linear_like", "is_supported", "key_of", "named_parts"]
+__all__ += ["unsupported"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SUPPORTED = "nn.Linear (quantised too), nn.Conv1d/2d/3d, transformers' Conv1D and nn.MultiheadAttention"
+SUPPORTED = (
+    "nn.Linear (quantised too), nn.Conv1d/2d/3d, transformers' Conv1D, nn.MultiheadAttention and experts' "
+    "weights"
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One adapted parameter of a module: its name, its rows among the module's m, its size read as (m, n)."""
+    """One adapted parameter of a module: its name, its rows among the module's m, its size read as (m, n).
+
+    With ``experts`` it has a leading axis of that length, and so have d (E, r) and b (E, m).
+    """
 
     name: str
     row: int
     m: int
     n: int
     transposed: bool = False
+    experts: int = 0
 
     def delta(self, W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, own: Own = NOTHING) -> Tensor:
         """``W`` plus this part's share of the update, in the layout of ``W``."""
+        if self.experts:
+            one = replace(self, experts=0)
+            each = zip(W.unbind(), d.unbind(), b.unbind(), strict=True)
+            return torch.stack([one.delta(Wi, A, B, di, bi, own) for Wi, di, bi in each])
         B, own = own.part(B, self.row, self.m)
         b = b[self.row : self.row + self.m]
         if self.transposed:
             return add_delta(W.t(), A, B, d, b, own).t()
         return add_delta(W, A, B, d, b, own)
+
+
+def key_of(name: str, part: Part) -> str:
+    """The adapted parameter's key in a state dict; experts' layers are called as their parameter."""
+    return name if part.experts else f"{name}.{part.name}".lstrip(".")
 
 
 def _conv1d_class() -> type[nn.Module] | None:
@@ -55,7 +73,7 @@ def is_linear_like(module: nn.Module) -> bool:
 
 def is_supported(module: nn.Module) -> bool:
     """Whether the kind of module can be adapted (its weight may still be of an unsupported sort)."""
-    return is_linear_like(module) or isinstance(module, (*CONVOLUTIONS, nn.MultiheadAttention))
+    return is_linear_like(module) or isinstance(module, (*CONVOLUTIONS, nn.MultiheadAttention, Experts))
 
 
 def _part_names(module: nn.Module) -> tuple[str, ...]:
@@ -72,6 +90,11 @@ def named_parts(module: nn.Module) -> dict[str, Part]:
     """The parameters of ``module`` that an adapter changes, with their place in b."""
     if is_opaque(module):
         return {"weight": Part("weight", 0, *sizes(module))}
+    if isinstance(module, Experts):
+        count, m, n = cast(Tensor, module.host._parameters[module.leaf]).shape
+        turned = bool(stacks_in(module.host)[module.leaf])
+        m, n = (n, m) if turned else (m, n)
+        return {module.leaf: Part(module.leaf, 0, m, n, turned, count)}
     parts, row = {}, 0
     for name in _part_names(module):
         shape = cast(Tensor, module._parameters[name]).shape
@@ -93,6 +116,8 @@ def unsupported(name: str, module: nn.Module) -> str | None:
         return f"module {name!r} ({kind}) is parametrised; remove its parametrisations first or exclude it."
     if is_opaque(module):
         return unreachable(name, module)
+    if isinstance(module, Experts) and (reason := unreadable(name, module)) is not None:
+        return reason
     for expected in _part_names(module):
         W = module._parameters.get(expected)
         what = f"{expected} of module {name!r} ({kind})"

@@ -28,6 +28,7 @@ from lightning_uora.adapters.kinds import CONVOLUTIONS, Part, has_plain_forward
 from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.own_rows import Own
 from lightning_uora.adapters.projections import Projections
+from lightning_uora.adapters.stacked import home
 from lightning_uora.distributed import first_rank
 
 DETACH_FIRST = "call detach_uora(model, merge=True) first"
@@ -98,13 +99,18 @@ class AdaptedModule(nn.Module):
     """Mixed in front of a module's own class by :func:`~lightning_uora.adapters.specialise.specialise`.
 
     Attributes:
-        uora_d: (r,) float32, trainable.
-        uora_b: (m,) float32, trainable.
+        uora_d: (r,) float32, trainable; (E, r) of experts.
+        uora_b: (m,) float32, trainable; (E, m) of experts.
     """
 
     uora_d: nn.Parameter
     uora_b: nn.Parameter
     _uora: Adapter
+
+    @property
+    def home(self) -> nn.Module:
+        """The module that holds the base parameters: this one, but of experts."""
+        return home(self)
 
     @property
     def adapted_parts(self) -> tuple[Part, ...]:
@@ -129,14 +135,14 @@ class AdaptedModule(nn.Module):
         """
         deltas = []
         for name, part in self._uora.parts.items():
-            W = cast(Tensor, self._parameters[name])
+            W = cast(Tensor, self.home._parameters[name])
             deltas.append(part.delta(torch.zeros_like(W), *self._uora_sources(part.n)))
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
     def merged_weights(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Each adapted parameter by name with its effective weight, computed in float32 at least."""
         for name, part in self._uora.parts.items():
-            W = cast(nn.Parameter, self._parameters[name])
+            W = cast(nn.Parameter, self.home._parameters[name])
             wide = torch.promote_types(W.dtype, torch.float32)
             A, B, d, b = (t.to(wide) for t in self._uora_tensors(part.n))
             yield name, W, part.delta(W.to(wide), A, B, d, b).to(W.dtype)
@@ -208,7 +214,7 @@ class AdaptedModule(nn.Module):
     def _uora_needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(
             p is not None and p.requires_grad
-            for p in map(self._parameters.get, (*self._uora.parts, "uora_d", "uora_b"))
+            for p in (self.uora_d, self.uora_b, *map(self.home._parameters.get, self._uora.parts))
         )
 
     def _uora_kept(self, part: Part, sources: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Own]) -> Tensor:
@@ -229,7 +235,7 @@ class AdaptedModule(nn.Module):
 
     def _uora_write(self, name: str, written: Tensor) -> None:
         """See Note [Writing to an effective weight]."""
-        W = cast(nn.Parameter, self._parameters[name])
+        W = cast(nn.Parameter, self.home._parameters[name])
         with torch.no_grad():
             W.copy_(self._uora_base(name, written))
         self._uora.cache.clear()
@@ -255,7 +261,7 @@ class AdaptedModule(nn.Module):
             self._uora_assign(name, value)
 
     def _uora_assign(self, name: str, value: Any) -> None:
-        old = self._parameters[name]
+        old = self.home._parameters[name]
         if value is not None and not isinstance(value, nn.Parameter):
             super().__setattr__(name, value)  # torch says what it takes
         if old is None or value is None or value.shape != old.shape:
@@ -268,7 +274,7 @@ class AdaptedModule(nn.Module):
             value = nn.Parameter(self._uora_base(name, value).to(value.dtype))
         elif isinstance(value, EffectiveWeight):
             value = nn.Parameter(value.detach().as_subclass(Tensor))
-        self._parameters[name] = value.requires_grad_(old.requires_grad)
+        self.home._parameters[name] = value.requires_grad_(old.requires_grad)
         self._uora.cache.clear()
 
     def __delattr__(self, name: str) -> None:
@@ -344,13 +350,21 @@ class AdaptedModule(nn.Module):
 
     def _uora_device(self) -> torch.device | None:
         """Where the base is."""
-        W = self._parameters[next(iter(self._uora.parts))]
+        W = self.home._parameters[next(iter(self._uora.parts))]
         return None if W is None else W.device
 
     def base_norm(self) -> Tensor:
         """Frobenius norm of the frozen weight."""
-        norms = [cast(Tensor, self._parameters[name]).float().norm() for name in self._uora.parts]
+        weights = [cast(Tensor, self.home._parameters[name]) for name in self._uora.parts]
+        norms = [
+            torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)) for W in weights
+        ]
         norm: Tensor = torch.stack(norms).norm()
+        return norm
+
+    def update_norm(self) -> Tensor:
+        """Frobenius norm of the update."""
+        norm: Tensor = self.delta_weight().float().norm()
         return norm
 
     def _uora_reset(self) -> None:
@@ -401,11 +415,21 @@ def facts(module: AdaptedModule) -> dict[str, Any]:
         "kind": cls.__name__,
         "product": has_plain_forward(cls)
         or convolution
+        or module.home is not module
         or is_opaque(module),  # nothing but a product with the weight
         "direct": direct,  # for convolutions: ungrouped, undilated, padded with zeros
         "kernel": list(cast(Tensor, module._parameters["weight"]).shape[2:]) if convolution else [],
         "parts": [[p.name, p.row, p.m, p.n, p.transposed] for p in module.adapted_parts],
+        **_of_experts(module),
     }
+
+
+def _of_experts(module: AdaptedModule) -> dict[str, Any]:
+    """Their number, and whether their home says that their weights are transposed."""
+    if module.home is module:
+        return {}
+    told = bool(getattr(module.home, "is_transposed", False))
+    return {"experts": module.adapted_parts[0].experts, "is_transposed": told}
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:

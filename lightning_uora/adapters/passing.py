@@ -33,7 +33,7 @@ def frozen_parts(
     """
     named = [name for name in chosen if name in targets and name not in PRESETS]
     frozen = {name for name in chosen if name not in named and _is_frozen(modules[name])}
-    if not frozen or len(frozen) == len(chosen):
+    if not frozen or all(_is_frozen(modules[name]) for name in chosen):
         return (), set()
     parts: dict[str, None] = {}
     for name in modules:
@@ -83,13 +83,14 @@ def passed_by(
             continue
         for leaf, p in module.named_parameters(recurse=False):
             weight = sum(size > 1 for size in p.shape) > 1 and 2 * p.numel() >= min(sizes)
-            if weight and not SMALL.search(leaf) and any(path.startswith(block) for block in blocks):
+            taken = f"{path}{leaf}".lstrip(".") in adapted or SMALL.search(leaf)
+            if weight and not taken and any(path.startswith(block) for block in blocks):
                 place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{path}{leaf}")[1:]
                 found[place] = found.get(place, 0) + p.numel()
     if found:
         share = sum(found.values()) / (sum(found.values()) + sum(sizes))
         yield (
             f"target_modules={presets[0]!r} passes by {', '.join(map(repr, found))}: {share:.0%} of the "
-            "weights in the blocks that it adapts are in no layer of a kind that can be adapted (experts?), "
-            "and stay frozen."
+            "weights in the blocks that it adapts are in no layer of a kind that can be adapted, and stay "
+            "frozen."
         )

@@ -120,6 +120,7 @@ class Projections(nn.Module):
         # for growth="inputs": of a buffer, orthogonal to a basis, so many unused principal axes
         self.unused_axes: Callable[[str, Tensor, int], Tensor] | None = None
         self.on_read: Callable[[Tensor, nn.Module, str], None] | None = None  # told of every weight read
+        self.on_input: Callable[[nn.Module, Tensor], None] | None = None  # told of every input of experts
         self.calibrated = False
         self.has_own = False  # some layer has rows of its own
         self.resized: list[

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_uora.adapters.around import AdaptedAround, with_forward
+from lightning_uora.adapters.experts import AdaptedExperts, leave, settle_in
 from lightning_uora.adapters.forms import AdaptedAttention, AdaptedLinear
 from lightning_uora.adapters.kinds import has_plain_forward, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, Adapter
 from lightning_uora.adapters.opaque import PACKS, is_opaque, settle_, tensors_of
 from lightning_uora.adapters.projections import Projections
+from lightning_uora.adapters.stacked import Experts
 
 __all__ = ["specialise", "unspecialise"]
 
@@ -22,12 +24,15 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedModule]] = {
 def _adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[AdaptedModule]:
     """The specialised subclass of ``cls``, one for each class and set of parameters read through it."""
     if (cls, names) not in _CLASSES:
-        if not names:
-            mixin: type[AdaptedModule] = AdaptedAround
+        mixin: type[AdaptedModule] = AdaptedModule
+        if issubclass(cls, Experts):
+            mixin, names = AdaptedExperts, ()
+        elif not names:
+            mixin = AdaptedAround
         elif issubclass(cls, nn.MultiheadAttention):
             mixin = AdaptedAttention
-        else:
-            mixin = AdaptedLinear if has_plain_forward(cls) else AdaptedModule
+        elif has_plain_forward(cls):
+            mixin = AdaptedLinear
         body: dict[str, Any] = {name: _weight_property(name) for name in names}
         body.update(__module__=cls.__module__, __doc__=cls.__doc__, uora_original=cls)
         body.update(uora_revive=staticmethod(_new), uora_names=names)
@@ -61,13 +66,16 @@ def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModu
     adapter = Adapter(owner, parts, index)
     opaque = is_opaque(module)
     base = tensors_of(module)
-    device = next(iter(base.values())).device if opaque else base[next(iter(parts))].device
-    d = torch.full((owner.config.rank,), owner.config.d_init, dtype=torch.float32, device=device)
-    b = torch.zeros(adapter.m, dtype=torch.float32, device=device)
+    device = next(iter(base.values())).device
+    axis = [part.experts for part in parts.values() if part.experts]
+    d = torch.full((*axis, owner.config.rank), owner.config.d_init, dtype=torch.float32, device=device)
+    b = torch.zeros(*axis, adapter.m, dtype=torch.float32, device=device)
     module.__dict__["_uora"] = adapter
     module.register_parameter("uora_d", nn.Parameter(d))
     module.register_parameter("uora_b", nn.Parameter(b))
     module.__class__ = _adapted_class(type(module), () if opaque else tuple(parts))
+    if isinstance(module, Experts):
+        settle_in(module)
     if opaque:
         settle_(module)
         with_forward(module)
@@ -80,6 +88,8 @@ def unspecialise(module: AdaptedModule) -> nn.Module:
     """Undo :func:`specialise` exactly."""
     around = isinstance(module, AdaptedAround)
     module.__dict__.update(module._uora.before)
+    if isinstance(module, AdaptedExperts):
+        leave(cast(Experts, module))
     cast(nn.Module, module).__class__ = module.original_class
     if around:
         with_forward(module)

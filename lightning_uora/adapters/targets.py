@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_uora.adapters.kinds import has_plain_forward, is_linear_like, is_supported, unsupported
-from lightning_uora.adapters.names import named_modules, named_parameters
+from lightning_uora.adapters.names import named_parameters
 from lightning_uora.adapters.opaque import is_opaque, is_quantised
 from lightning_uora.adapters.own_layers import own_layers
 from lightning_uora.adapters.passing import frozen_parts, passed_by, tied_beyond
 from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
+from lightning_uora.adapters.stacked import Experts, named_layers, routers
 from lightning_uora.adapters.wrong_targets import near_misses, nothing_found, nothing_inside
 from lightning_uora.config import PRESETS, UORAConfig
 
@@ -50,7 +51,7 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
             invalid regular expression; a preset that finds nothing (another is proposed); a module named both
             as target and as trained; a weight shared by two targets; dropout where it cannot be applied.
     """
-    modules, own = named_modules(model), own_layers(model)
+    modules, own = named_layers(model), own_layers(model)
     targets = _as_tuple(config.target_modules)
     excluded = inside(modules, _expand(modules, config.exclude_modules, "exclude_modules"))
     if config.trainable_modules == "auto":
@@ -116,7 +117,7 @@ def _trained(model: nn.Module, modules: dict[str, nn.Module], patterns: Sequence
     found = {name for pattern in patterns for name in _matches(modules, pattern, "trainable_modules", bare)}
     within = tuple(f"{name}." for name in modules if name in found)
     alone = [name for name in bare if name in found and not name.startswith(within)]
-    return (*(name for name in modules if name in found), *alone)
+    return tuple(dict.fromkeys((*(name for name in modules if name in found), *alone)))
 
 
 def _matches(
@@ -177,14 +178,20 @@ def _nothing_found(modules: dict[str, nn.Module], preset: str, taken: set[str]) 
 
 
 def _preset(modules: dict[str, nn.Module], preset: str) -> list[str]:
-    outputs = {id(module) for module in output_embeddings(modules)}
+    outputs, choosing = {id(module) for module in output_embeddings(modules)}, routers(modules)
     candidates = {
-        name: module for name, module in modules.items() if is_supported(module) and id(module) not in outputs
+        name: module
+        for name, module in modules.items()
+        if is_supported(module)
+        and id(module) not in outputs
+        and name not in choosing
+        and not (isinstance(module, Experts) and unsupported(name, module))  # said by `passed_by`
     }
     if preset == "attention":
         return attention_projections(modules, candidates)
     if preset == "all-linear":
-        return [n for n, m in candidates.items() if is_linear_like(m) or isinstance(m, nn.MultiheadAttention)]
+        kinds = (nn.MultiheadAttention, Experts)
+        return [n for n, m in candidates.items() if is_linear_like(m) or isinstance(m, kinds)]
     return list(candidates)
 
 
@@ -204,7 +211,7 @@ def _check(modules: dict[str, nn.Module], adapted: tuple[str, ...], config: UORA
                 f"compute='merged' builds the effective weight, and that of {name!r} ({kind.__name__}) is "
                 "quantised; use compute='auto'."
             )
-        if config.dropout > 0.0 and not (opaque or has_plain_forward(kind)):
+        if config.dropout > 0.0 and not (opaque or has_plain_forward(kind) or kind is Experts):
             raise ValueError(
                 f"dropout={config.dropout} needs modules with the plain Linear forward, but {name!r} is a "
                 f"{kind.__name__}; set dropout=0.0 or exclude it."

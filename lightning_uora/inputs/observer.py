@@ -20,7 +20,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_uora.adapters import AdaptedAround, AdaptedModule, Attachment, Part, seeded_generator
+from lightning_uora.adapters import (
+    AdaptedAround,
+    AdaptedExperts,
+    AdaptedModule,
+    Attachment,
+    Part,
+    seeded_generator,
+)
 from lightning_uora.inputs.patches import patches
 
 __all__ = ["PATCH_ROWS", "Observer"]
@@ -69,6 +76,8 @@ class Observer(TorchFunctionMode):
                 receiving = layer.register_forward_pre_hook(self._receive)
                 self.undo.callback(receiving.remove)
                 continue
+            if isinstance(layer, AdaptedExperts):  # their products tell
+                continue
             for part in layer.adapted_parts:
                 self._know(cast(Tensor, layer._parameters[part.name]), layer, part.name)
             if not isinstance(layer, nn.MultiheadAttention):
@@ -77,13 +86,14 @@ class Observer(TorchFunctionMode):
                 self.undo.callback(before.remove)
                 self.undo.callback(after.remove)
         self.owner.on_read = cast(Any, self._know)
+        self.owner.on_input = cast(Any, self._receive_rows)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     @override
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.owner.on_read = None
+        self.owner.on_read = self.owner.on_input = None
         self.undo.close()
         self.weights.clear()
 
@@ -92,10 +102,12 @@ class Observer(TorchFunctionMode):
 
     def _receive(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
         """Of a module whose weight cannot be read: nobody else multiplies by it."""
-        around = cast(AdaptedAround, layer)
-        (part,) = around.adapted_parts
+        self._receive_rows(cast(AdaptedAround, layer), given[0])
+
+    def _receive_rows(self, layer: AdaptedModule, x: Tensor) -> None:
+        (part,) = layer.adapted_parts
         with torch.no_grad():
-            self.see(around, part, given[0].detach().reshape(-1, part.n))
+            self.see(layer, part, x.detach().reshape(-1, part.n))
 
     def _push(self, layer: AdaptedModule, *_: Any) -> None:
         self.inside.append(layer)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_uora.adapters import (
     AdaptedAround,
+    AdaptedExperts,
     Attachment,
     Projections,
     one_thread,
@@ -169,9 +170,10 @@ def _check(one: Attachment, schedule: ReinitSchedule, step: int) -> None:
 
 def _require_readable(one: Attachment) -> None:
     for name, layer in one.layers:
-        if isinstance(layer, AdaptedAround):
+        if isinstance(layer, (AdaptedAround, AdaptedExperts)):
+            what = "is quantised" if isinstance(layer, AdaptedAround) else "holds experts, never built whole"
             raise ValueError(
-                f"growth='gradient' needs the gradient of the weight, and module {name!r} is quantised; use "
+                f"growth='gradient' needs the gradient of the weight, and module {name!r} {what}; use "
                 "growth='random'."
             )
 
@@ -236,11 +238,11 @@ def _settle(
         where = sorted(indices)
         if schedule.preserve_function:
             with edited(parameter) as values:
-                values[where] *= factor
+                values[..., where] *= factor
         if schedule.reset_optimizer_state:
             for moment in _first_moments(parameter, optimizers):
                 with edited(moment) as values:
-                    values[where] = 0.0
+                    values[..., where] = 0.0
 
 
 def _first_moments(parameter: nn.Parameter, optimizers: list[Optimizer]) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 # d_i scales row i of A together with column i of B; b_j scales row j of B. Under share="model" a row of A
 # belongs to all layers of that width, a column of B to all layers of that height, and the highest score among
 # them decides: what is weak on average is strong somewhere. Under share="layer" a layer's rows are its own
-# from its first refresh on.
+# from its first refresh on. Experts of a layer share its rows: among them the highest decides as well.
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ def weakest(scores: Iterable[Tensor], schedule: ReinitSchedule) -> list[int]:
     """Indices that are weak in every one of ``scores``, ascending, at most ``max_fraction`` of them.
 
     Args:
-        scores: One (k,) tensor for each layer that uses the projection.
+        scores: One (k,) tensor for each layer that uses the projection, or (E, k) of experts.
         schedule: ``threshold``, ``threshold_mode``, ``max_fraction``.
     """
     relative = schedule.threshold_mode != "absolute"
-    stacked = torch.stack([s / s.mean().clamp_min(1e-30) if relative else s for s in scores])
+    each = [one for s in scores for one in (s.unbind() if s.dim() > 1 else (s,))]
+    stacked = torch.stack([s / s.mean().clamp_min(1e-30) if relative else s for s in each])
     highest = stacked.max(dim=0).values
     order, values = highest.argsort(stable=True).tolist(), highest.tolist()
     if schedule.threshold_mode == "fraction":

@@ -77,7 +77,7 @@ def plot_refreshes(model_or_records: nn.Module | Sequence[dict[str, Any]]) -> Fi
     one = None if model is None else attachment_of(model, "plot_refreshes")
     records = list(model_or_records) if one is None else one.owner.record  # type: ignore[arg-type]
     layers = [] if one is None else one.layers
-    rank = layers[0][1].uora_d.numel() if layers else None
+    rank = layers[0][1].uora_d.shape[-1] if layers else None
     counts: dict[str, list[float]] = {}
     for column, entry in enumerate(records):
         for key, rows in entry["rows"].items():
@@ -102,7 +102,8 @@ def plot_refreshes(model_or_records: nn.Module | Sequence[dict[str, Any]]) -> Fi
 
 
 def _magnitudes(vector: Tensor) -> Tensor:
-    return whole(vector.detach()).abs().float().cpu()
+    found = whole(vector.detach()).abs().float().cpu()
+    return found.mean(0) if found.dim() > 1 else found  # of experts, their mean
 
 
 def _turns_with_a(key: str, rows: dict[str, list[int]]) -> bool:

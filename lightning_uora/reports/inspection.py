@@ -12,7 +12,9 @@ from torch import nn
 
 from lightning_uora.adapters import (
     AdaptedAround,
+    AdaptedExperts,
     AdaptedModule,
+    active_experts,
     attach_uora,
     attachment_of,
     factored_flops,
@@ -38,7 +40,7 @@ ADAMW = 16
 # keeps the rows that it refreshed, which is given beside, for the share of rows that the default schedule
 # refreshed in runs here. Of a quantised base adapters are factored; its linear layers but heads and output
 # embeddings take what bitsandbytes takes: 4 bits and a scale (double: of 8 bits) for 64 numbers, or 8 bits
-# and a scale for each row.
+# and a scale for each row. Of experts those count that one token sees; quantisers leave them as they are.
 
 OWN_SHARE = 0.14
 """Of a layer's rows that four default refreshes turn: 12, 15 and 14 % on the digits, docstrings and manual of
@@ -241,28 +243,34 @@ def _linear_weights(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _cost(name: str, module: AdaptedModule, tokens: int) -> LayerCost:
     """See Note [What an adapter adds to a training step]."""
-    rank, form, parts = module.uora_d.numel(), module.form(tokens), module.adapted_parts
+    rank, form, parts = module.uora_d.shape[-1], module.form(tokens), module.adapted_parts
     flops = factored_flops if form == "factored" else merged_flops
-    extra = sum(flops(tokens, part.m, part.n, rank) for part in parts)
+    experts = isinstance(module, AdaptedExperts)
+    active, all_of_them = (active_experts(module), len(module.uora_d)) if experts else (1, 1)
+    rows = tokens * active
+    extra = sum(flops(rows, part.m, part.n, rank) for part in parts)
     size = module.uora_d.element_size() if isinstance(module, AdaptedAround) else _width_of(module)
-    kept = sum(tokens * rank if form == "factored" else part.m * part.n + tokens * part.n for part in parts)
+    kept = sum(
+        rows * rank if form == "factored" else all_of_them * part.m * part.n + rows * part.n for part in parts
+    )
     return LayerCost(
         name=name,
         kind=module.original_class.__name__,
         m=sum(part.m for part in parts),
         n=parts[0].n,
         form=form,
-        adapter_params=rank + sum(part.m for part in parts),
-        lora_params=sum(LORA_RANK * (part.m + part.n) for part in parts),
+        adapter_params=module.uora_d.numel() + module.uora_b.numel(),
+        lora_params=all_of_them * sum(LORA_RANK * (part.m + part.n) for part in parts),
         extra_flops_per_token=extra / tokens,
-        frozen_flops_per_token=sum(4 * part.m * part.n for part in parts),
+        frozen_flops_per_token=active * sum(4 * part.m * part.n for part in parts),
         activation_bytes=size * kept,
     )
 
 
 def _width_of(module: AdaptedModule) -> int:
     """Bytes of one number of the weight."""
-    return next(p for p in module.parameters(recurse=False) if p.dim() > 1).element_size()
+    weights = (module.home._parameters[part.name] for part in module.adapted_parts)
+    return max(W.element_size() for W in weights if W is not None)
 
 
 def _sums(layers: Sequence[LayerCost]) -> tuple[str, str, str]:

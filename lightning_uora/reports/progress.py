@@ -20,7 +20,7 @@ def progress(model: nn.Module) -> dict[str, float]:
     """
     rows = []
     for _, module in named_adapters(model):
-        ratio = module.delta_weight().float().norm() / module.base_norm().clamp_min(1e-30)
+        ratio = module.update_norm() / module.base_norm().clamp_min(1e-30)
         rows.append(torch.stack([ratio, module.uora_d.norm(), module.uora_b.norm()]).cpu())
     means = torch.stack(rows).mean(0).tolist()
     return dict(zip(("update_ratio", "norm_d", "norm_b"), means, strict=True))

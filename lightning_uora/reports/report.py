@@ -28,7 +28,7 @@ T = TypeVar("T", bound=tuple[int, ...])
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted module: class before it was adapted, weight read as (m, n), rank, r + m."""
+    """One adapted module: class before it was adapted, weight read as (m, n), rank, numbers in d and b."""
 
     name: str
     kind: str
@@ -73,13 +73,14 @@ class Summary:
             rates: Learning rates by the names in :attr:`trained` and ``"vectors"``, ready to print.
         """
         rates = rates or {}
-        within, groups = grouped([(layer.name, (layer.m, layer.n, layer.rank)) for layer in self.layers])
+        facts = [(layer.name, (layer.m, layer.n, layer.adapter_params)) for layer in self.layers]
+        within, groups = grouped(facts)
         table = Table(title="UORA adapters", caption=f"names within {within}" if within else None)
         table.add_column("what", overflow="fold", min_width=12)
         for column in ("layers", "m x n", "trainable", *(["lr"] if rates else [])):
             table.add_column(column, justify="right", no_wrap=True)
-        for (name, (m, n, rank)), count in groups.items():
-            table.add_row(name, f"{count:,}", f"{m} x {n}", f"{count * (rank + m):,}")
+        for (name, (m, n, each)), count in groups.items():
+            table.add_row(name, f"{count:,}", f"{m} x {n}", f"{count * each:,}")
         table.add_section()
         ranks = ", ".join(dict.fromkeys(str(layer.rank) for layer in self.layers))
         rows = [(f"vectors d and b, rank {ranks}", "vectors", self.adapter_params)] if self.layers else []
@@ -133,8 +134,9 @@ def summarize(model: nn.Module) -> Summary:
     layers = []
     for name, module in named_adapters(model):
         parts = module.adapted_parts
-        m, n, rank = sum(part.m for part in parts), parts[0].n, module.uora_d.numel()
-        layers.append(LayerSummary(name, module.original_class.__name__, m, n, rank, rank + m))
+        m, n, rank = sum(part.m for part in parts), parts[0].n, module.uora_d.shape[-1]
+        count = module.uora_d.numel() + module.uora_b.numel()
+        layers.append(LayerSummary(name, module.original_class.__name__, m, n, rank, count))
     parameters = list(model.parameters())
     found = attachments(model)
     return Summary(

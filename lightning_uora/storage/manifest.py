@@ -117,9 +117,12 @@ def _check_content(manifest: dict[str, Any]) -> None:
         flags = isinstance(layer["product"], bool) and isinstance(layer["direct"], bool)
         kernel = isinstance(layer["kernel"], list) and all(map(_is_count, layer["kernel"]))
         _need(flags and kernel, f"what is told of {name!r}")
+        experts = layer.get("experts", 0)
+        _need(_is_count(experts) and experts <= WIDEST, f"the experts of {name!r}")
+        named = (name.rpartition(".")[2],) if experts else PARTS
         for part, row, m, n, transposed in layer["parts"]:
             sizes = (row, m, n)
-            _need(part in PARTS and isinstance(transposed, bool), f"a part of {name!r}")
+            _need(part in named and isinstance(transposed, bool), f"a part of {name!r}")
             _need(all(map(_is_count, sizes)) and max(sizes) <= WIDEST, f"the sizes {sizes} of {name!r}")
     for entry in manifest["record"]:
         _need(_is_count(entry["step"]), f"the step {entry['step']!r} of a refresh")
@@ -152,12 +155,13 @@ def check_vectors(manifest: dict[str, Any], tensors: dict[str, Tensor], where: s
     """Raise ``ValueError`` unless d and b of every layer are there, in the sizes that the manifest tells."""
     for name, layer in manifest["layers"].items():
         rank = manifest["config"].get("rank", UORAConfig.rank)
+        axis = (layer["experts"],) if layer.get("experts") else ()
         sizes = {"uora_d": rank, "uora_b": sum(part[2] for part in layer["parts"])}
         for vector, size in sizes.items():
-            key = ".".join(piece for piece in (manifest.get("root"), name, vector) if piece)
-            if key not in tensors or tuple(tensors[key].shape) != (size,):
+            key, shape = ".".join(p for p in (manifest.get("root"), name, vector) if p), (*axis, size)
+            if key not in tensors or tuple(tensors[key].shape) != shape:
                 found = tuple(tensors[key].shape) if key in tensors else "nothing"
-                raise ValueError(f"{where} is damaged: {key} should have shape ({size},), and has {found}.")
+                raise ValueError(f"{where} is damaged: {key} should have shape {shape}, and has {found}.")
 
 
 def config_of(manifest: dict[str, Any]) -> UORAConfig:

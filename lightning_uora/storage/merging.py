@@ -19,6 +19,7 @@ from lightning_uora.adapters import (
     attachment_of,
     detach_uora,
     is_quantised,
+    key_of,
     named_adapters,
     plain,
 )
@@ -34,9 +35,9 @@ def detached_state(module: nn.Module) -> dict[str, Tensor]:
     for name, adapted in named_adapters(module):
         if isinstance(adapted, AdaptedAround):
             raise ValueError(_quantised(name))
-        shared = [part for part, W, _ in adapted.merged_weights() if places[id(W)] > 1]
+        shared = [p for p in adapted.adapted_parts if places[id(adapted.home._parameters[p.name])] > 1]
         if shared:
-            raise ValueError(f"{_tied(f'{name}.{shared[0]}')}")
+            raise ValueError(_tied(key_of(name, shared[0])))
     detach_uora(module, merge=True)
     state: dict[str, Tensor] = module.state_dict()
     return state
@@ -77,6 +78,12 @@ def _place(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
             model.add_module(part, nn.Module())
         model = model.get_submodule(part)
     parts = layer["parts"]
+    if layer.get("experts"):
+        host: Any = model
+        host.num_experts, host.is_transposed = layer["experts"], False
+        shape = (layer["experts"], parts[0][2], parts[0][3])
+        host.register_parameter(leaf, nn.Parameter(torch.zeros(1, 1, 1).expand(shape)))
+        return
     if leaf in model._modules:  # out_proj of an attention that is there
         return
     if parts[0][0] == "weight":
@@ -140,22 +147,24 @@ def _merged(manifest: dict[str, Any], state: dict[str, Tensor]) -> Iterator[tupl
         inner = {re.sub(rf"^{owner}\.", f"{OWNER}.", k): t for k, t in inner.items()}
     for name, module in named_adapters(skeleton(manifest, inner)):
         for part in module.adapted_parts:
-            key = ".".join(piece for piece in (prefix.rstrip("."), name, part.name) if piece)
+            key = f"{prefix}{key_of(name, part)}"
             told = next(p for p in manifest["layers"][name]["parts"] if p[0] == part.name)
             place = key.removesuffix(part.name)
             packed = {k for k in state if k.startswith(place)} - {f"{place}{end}" for end in PLAIN}
+            packed = set() if part.experts else packed
             if key not in state and packed:
                 raise ValueError(_quantised(name))
             if key not in state:
                 raise ValueError(f"the checkpoint lacks {key!r}: it holds adapters without their base.")
             W = state[key]
-            if is_quantised(W) or W.numel() != part.m * part.n:
+            if is_quantised(W) or W.numel() != part.m * part.n * max(part.experts, 1):
                 raise ValueError(_quantised(name))
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():
                 A, B, d, b = (t.to(wide) for t in module._uora_tensors(part.n))
-                flat = (W.t() if told[4] else W).to(wide)
-                whole = part.delta(flat.reshape(part.m, part.n), A, B, d, b).reshape(flat.shape)
+                flat = (W.transpose(-1, -2) if told[4] else W).to(wide)
+                axis = (part.experts,) if part.experts else ()
+                whole = part.delta(flat.reshape(*axis, part.m, part.n), A, B, d, b).reshape(flat.shape)
             if not whole.isfinite().all():
                 raise ValueError(f"merging would put non-finite values into the weight of module {name!r}.")
-            yield key, (whole.t() if told[4] else whole).to(W.dtype).contiguous()
+            yield key, (whole.transpose(-1, -2) if told[4] else whole).to(W.dtype).contiguous()

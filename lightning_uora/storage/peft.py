@@ -14,8 +14,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_uora.adapters import (
+    AdaptedExperts,
     AdaptedModule,
     facts,
+    key_of,
     named_adapters,
     named_modules,
     plain,
@@ -99,7 +101,10 @@ def export_peft(
         format,
         base_model_name_or_path,
         max_rank,
-        shortest_targets(left, [plain(name) for name, _ in model.named_modules()]),
+        shortest_targets(
+            [name for name, module in left.items() if not isinstance(module, AdaptedExperts)],
+            [plain(name) for name, _ in model.named_modules()],
+        ),
         model_facts(model, task),
     )
     if loss is not None and loss.worst > NOTABLE:
@@ -150,15 +155,22 @@ def write_peft(
         tensors, settings, loss = *vera(adapters, layers), None
     else:
         tensors, settings, loss = lora(adapters, layers, max_rank)
+    stacked = [name for name in adapters if layers[name].get("experts")]
+    names = [name for name in adapters if name not in stacked]
+    if targets is None:
+        targets = known_targets(names, [*heads, *stacked])
     config = {
         **(about or {"task_type": None}),
         **version_fact(),
         "base_model_name_or_path": base_model_name_or_path,
         "bias": "none",
-        "fan_in_fan_out": any(part[4] for layer in layers.values() for part in layer["parts"]),
+        "fan_in_fan_out": any(
+            part[4] for layer in layers.values() for part in layer["parts"] if not layer.get("experts")
+        ),
         "inference_mode": True,
         "modules_to_save": topmost(heads) or None,
-        "target_modules": known_targets(adapters, heads) if targets is None else targets,
+        "target_modules": targets or None,
+        **({"target_parameters": stacked} if stacked else {}),
         **settings,
     }
     tensors |= {f"base_model.model.{name}": value for name, value in trained.items()}
@@ -210,8 +222,9 @@ def _whole_state(model: nn.Module, head: str) -> dict[str, Tensor]:
         if name.rpartition(".")[2] not in ("uora_d", "uora_b")
     }
     for name, adapted in named_adapters(module):
-        for part, _, weight in adapted.merged_weights():
-            state[".".join(piece for piece in (head, name, part) if piece)] = weight
+        weights = zip(adapted.adapted_parts, adapted.merged_weights(), strict=True)
+        for part, (_, _, weight) in weights:
+            state[f"{head}.{key_of(name, part)}"] = weight
     return state
 
 

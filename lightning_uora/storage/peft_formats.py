@@ -43,8 +43,15 @@ def lora(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     squares: dict[str, tuple[float, float]] = {}
+    deep = _depths([name for name in adapters if layers[name].get("experts")])
     for name, module in adapters.items():
         A, B, d, b = _factors(name, module, layers[name])
+        if layers[name].get("experts"):
+            up, down, squares[name] = _of_experts(A, B, d, b, layers[name], max_rank)
+            ranks[name] = len(down) // len(d)
+            tensors[f"base_model.model.{deep[name]}.lora_A.weight"] = down
+            tensors[f"base_model.model.{deep[name]}.lora_B.weight"] = up
+            continue
         down, up = d[:, None] * A, b[:, None] * B
         if max_rank is not None:
             up, down, squares[name] = _at_most(max_rank, up, down)
@@ -66,9 +73,45 @@ def lora(
     patterns = {"rank_pattern": own, "alpha_pattern": own}
     if max_rank is None:
         return tensors, {**settings, **patterns}, None
-    full = next(iter(adapters.values())).uora_d.numel()
+    full = next(iter(adapters.values())).uora_d.shape[-1]
     shorter = sum(size < full for size in ranks.values())
     return tensors, {**settings, **patterns}, Loss.of(max_rank, shorter, squares)
+
+
+# Note [Experts in PEFT]
+# PEFT adapts a parameter (`target_parameters`) by a wrapper around the module that has it; the wrapper of the
+# next parameter goes around that one, so the keys of the first lie deepest. A holds the experts' rows one
+# expert after the other, (E r, in); of B, (out, r E), the experts' columns alternate. Which axis is "in" PEFT
+# reads from `is_transposed`; where a family is transposed and does not say so, A and B change places.
+
+
+def _depths(names: list[str]) -> dict[str, str]:
+    """Where the wrapper of each parameter of experts is, see Note [Experts in PEFT]."""
+    homes: dict[str, list[str]] = {}
+    for name in names:
+        homes.setdefault(name.rpartition(".")[0], []).append(name)
+    return {
+        name: ".".join((path, *("base_layer" for _ in found[place + 1 :])))
+        for path, found in homes.items()
+        for place, name in enumerate(found)
+    }
+
+
+def _of_experts(
+    A: Tensor, B: Tensor, d: Tensor, b: Tensor, layer: dict[str, Any], max_rank: int | None
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Factors of all experts as PEFT lays them out, with squared error and norm."""
+    ups, downs, error, norm = [], [], 0.0, 0.0
+    for scale, row in zip(b, d, strict=True):
+        up, down = scale[:, None] * B, row[:, None] * A
+        if layer["parts"][0][4] and not layer.get("is_transposed"):
+            up, down = down.t(), up.t()
+        if max_rank is not None:
+            up, down, (lost, whole) = _at_most(max_rank, up, down)
+            error, norm = error + lost, norm + whole
+        ups.append(up)
+        downs.append(down)
+    return torch.stack(ups, dim=-1).flatten(1), torch.cat(downs), (error, norm)
 
 
 def _at_most(max_rank: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
@@ -92,10 +135,9 @@ def vera(
     tensors: dict[str, Tensor] = {}
     shared: list[Tensor] = []
     for name, module in adapters.items():
-        if layers[name]["kernel"]:
-            raise ValueError(
-                f"module {name!r} is a convolution, which PEFT's VeRA does not know; use format='lora'."
-            )
+        if layers[name]["kernel"] or layers[name].get("experts"):
+            what = "is a convolution" if layers[name]["kernel"] else "holds experts"
+            raise ValueError(f"module {name!r} {what}, which PEFT's VeRA does not know; use format='lora'.")
         A, B, d, b = _factors(name, module, layers[name])
         if shared and not (_same(shared[0], A) and _same(shared[1], B)):
             raise ValueError(
@@ -119,7 +161,8 @@ def _same(one: Tensor, two: Tensor) -> bool:
 def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[Tensor, ...]:
     """float32 A, B, d, b of a module that PEFT can say exactly."""
     kind = layer["kind"]
-    if layer["parts"][0][0] != "weight" or kind == "NonDynamicallyQuantizableLinear":
+    fused = layer["parts"][0][0] != "weight" and not layer.get("experts")
+    if fused or kind == "NonDynamicallyQuantizableLinear":
         raise ValueError(
             f"module {name!r} ({kind}) is fused attention, which PEFT's format lacks; {USE_MERGE}."
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_uora.adapters import OWNER, find_heads, named_modules, named_parameters
+from lightning_uora.adapters import OWNER, find_heads, named_layers, named_parameters
 from lightning_uora.storage.restoring import few
 
 __all__ = ["Place", "place_of", "renamed"]
@@ -88,7 +88,7 @@ def _shapes(
 
 def _part(model: nn.Module, names: list[str]) -> tuple[nn.Module, str, str]:
     """The part, what to take off the adapter's names, and a sentence where either is not as it was saved."""
-    modules = named_modules(model)
+    modules = named_layers(model)
     if all(name in modules for name in names):
         return model, "", ""
     pieces = [name.split(".") for name in names]

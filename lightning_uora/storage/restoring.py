@@ -24,6 +24,7 @@ from lightning_uora.adapters import (
     facts,
     is_opaque,
     named_buffers,
+    named_layers,
     named_modules,
     named_parameters,
     settle_,
@@ -178,7 +179,7 @@ def restore(
 
 def require_modules(root: nn.Module, names: list[str]) -> None:
     """Raise ``ValueError`` unless ``root`` has all modules that an adapter is for."""
-    modules = named_modules(root)
+    modules = named_layers(root)
     lacking = [name for name in names if name not in modules]
     if lacking:
         raise ValueError(

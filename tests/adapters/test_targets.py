@@ -288,7 +288,7 @@ class Experts(nn.Module):
     ("pattern", "message"),
     [
         ("experts", r"'experts' is a Experts whose weights are bare parameters of 3 axes \(up\), which UORA"),
-        ("experts.up", "names a parameter, 'experts.up', and UORA adapts whole layers"),
+        ("experts.up", r"have shape \(4, 3, 3\), of which axis is which cannot be told; set is_transposed"),
         ("convs", r"Sequential without Linear-like layers in it; name its convolutions, such as 'convs\.1'"),
         ("lstm", "'lstm' is a LSTM; UORA adapts nn.Linear"),
     ],

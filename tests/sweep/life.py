@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_uora import UORAConfig, adapters_disabled, attach_uora, detach_uora, named_adapters
 from lightning_uora.adapters.kinds import named_parts
+from lightning_uora.adapters.stacked import home, named_layers
 
 RANK = 4
 Run = Callable[[nn.Module], Any]
@@ -141,10 +142,10 @@ def wanting_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside, the weights that an adapter of the named modules changes want gradients and no others."""
     before = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
+    layers = named_layers(model)
     for name in names:
-        module = model.get_submodule(name)
-        for part in named_parts(module):
-            module.get_parameter(part).requires_grad_(True)
+        for part in named_parts(layers[name]):
+            home(layers[name]).get_parameter(part).requires_grad_(True)
     try:
         yield
     finally:
@@ -220,8 +221,8 @@ def train(model: nn.Module, run: Run) -> tuple[list[Tensor], dict[str, Tensor | 
     total = loss(result)
     if total.requires_grad:
         total.backward()
-    names = [f"{name}.{v}" for name, _ in named_adapters(model) for v in ("uora_d", "uora_b")]
-    return [t.detach() for t in result], {name: model.get_parameter(name).grad for name in names}
+    vectors = {f"{n}.{v}": getattr(m, v) for n, m in named_adapters(model) for v in ("uora_d", "uora_b")}
+    return [t.detach() for t in result], {name: vector.grad for name, vector in vectors.items()}
 
 
 def check_without_graph(model: nn.Module, run: Run, base: Base, trained: list[Tensor]) -> None:
@@ -262,7 +263,7 @@ def merge(model: nn.Module, run: Run, base: Base, trained: list[Tensor]) -> dict
     literal = {name: literal_gradients(module) for name, module in adapters.items()}
     parts = {name: list(module._uora.parts) for name, module in adapters.items()}
     detach_uora(model, merge=True)
-    weights = {name: [adapters[name]._parameters[part] for part in parts[name]] for name in adapters}
+    weights = {name: [home(adapters[name])._parameters[part] for part in parts[name]] for name in adapters}
     assert facts(model)[0] == base.classes, "merged: other classes"
     assert list(model.state_dict()) == list(base.state), "merged: other state-dict keys"
     with torch.no_grad():
@@ -287,13 +288,17 @@ def literal_gradients(module: nn.Module) -> Callable[[list[Tensor | None]], dict
     """From dL/dW_eff of a module's parts: ∂b = ((G Aᵀ) ⊙ B) d and ∂d = bᵀ ((G Aᵀ) ⊙ B), in float64."""
     owner, parts = module._uora.owner, module.adapted_parts
     d, b = (v.detach().double().clone() for v in (module.uora_d, module.uora_b))
-    B = owner.up(len(b), module.layer_index).double().clone()
+    B = owner.up(b.shape[-1], module.layer_index).double().clone()
     As = [owner.down(part.n, module.layer_index).double().clone() for part in parts]
 
     def of(Gs: list[Tensor | None]) -> dict[str, Tensor]:
         grad_d, grad_b = torch.zeros_like(d), torch.zeros_like(b)
         for part, A, G in zip(parts, As, Gs, strict=True):
-            if G is not None:
+            if G is not None and part.experts:
+                G3 = (G.transpose(1, 2) if part.transposed else G).double()
+                H = (G3 @ A.t()) * B
+                grad_b, grad_d = (H @ d[:, :, None])[:, :, 0], (b[:, None] @ H)[:, 0]
+            elif G is not None:
                 G2 = (G.t() if part.transposed else G.reshape(part.m, part.n)).double()
                 rows = slice(part.row, part.row + part.m)
                 H = (G2 @ A.t()) * B[rows]

@@ -56,6 +56,7 @@ INSIDE = {
         ("stacked", "by_row"),
         ("freshness", "functional", "draws", "effective", "names"),
         ("own_rows", "opaque"),
+        ("offloaded",),
     ),
     "distributed": (("processes",), ("sharding",)),
 }

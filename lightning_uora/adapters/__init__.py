@@ -27,6 +27,7 @@ from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part, key_of
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
+from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
 from lightning_uora.adapters.own_rows import packed, unpacked
 from lightning_uora.adapters.projections import (
@@ -62,8 +63,10 @@ __all__ = [
     "facts",
     "find_heads",
     "is_adapted",
+    "is_offloaded",
     "is_opaque",
     "is_quantised",
+    "kept_elsewhere",
     "key_of",
     "merged_flops",
     "named_adapters",

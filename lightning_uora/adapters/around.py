@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any, Literal, cast
 
 import torch
@@ -11,13 +10,9 @@ from typing_extensions import override
 
 from lightning_uora.adapters.functional import factored_delta
 from lightning_uora.adapters.layers import AdaptedModule
-from lightning_uora.adapters.opaque import KEPT_FORWARD, dequantised, tensors_of
+from lightning_uora.adapters.opaque import dequantised, tensors_of
 
-__all__ = ["AdaptedAround", "with_forward"]
-
-# Note [Hooks that keep a forward]
-# accelerate (``device_map``, offloading) puts a function on the instance that calls the forward it found
-# there, ``_old_forward``. Another class changes nothing about it, so that one is exchanged as well.
+__all__ = ["AdaptedAround"]
 
 
 class AdaptedAround(AdaptedModule):
@@ -84,9 +79,3 @@ class AdaptedAround(AdaptedModule):
     def _uora_device(self) -> torch.device | None:
         base = tensors_of(cast(nn.Module, self))
         return next(iter(base.values())).device if base else None
-
-
-def with_forward(module: nn.Module) -> None:
-    """Give a hook the forward of the module's class; see Note [Hooks that keep a forward]."""
-    if isinstance(module.__dict__.get(KEPT_FORWARD), types.MethodType):
-        module.__dict__[KEPT_FORWARD] = types.MethodType(type(module).forward, module)

@@ -27,6 +27,7 @@ from lightning_uora.adapters.attachments import (
 from lightning_uora.adapters.kinds import Part, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
 from lightning_uora.adapters.names import named_modules, named_parameters, unwrapped
+from lightning_uora.adapters.offloaded import is_offloaded, runs_on
 from lightning_uora.adapters.opaque import dtype_of, is_opaque, plain_linear, tensors_of
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
@@ -223,6 +224,12 @@ def _exchange(model: nn.Module, pairs: list[tuple[AdaptedModule, nn.Linear]]) ->
 
 
 def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
+    away = next((name for name, module in adapters.items() if is_offloaded(module.home)), None)
+    if away is not None:
+        raise ValueError(
+            f"module {away!r} is offloaded, and a merged weight would be lost with its next forward; load "
+            "the model without offloading, load the adapter, and merge there. Nothing was merged."
+        )
     merged: list[tuple[AdaptedModule, str, nn.Parameter, Tensor]] = []
     with torch.no_grad():
         for name, module in adapters.items():
@@ -321,7 +328,8 @@ def _device_and_widest_dtype(
 ) -> tuple[torch.device, torch.dtype]:
     """Where A and B go: to the first weight. Raises for non-finite weights."""
     opaque = {name for name, module in modules.items() if is_opaque(module)}
-    device = next(iter(tensors_of(next(iter(modules.values()))).values())).device
+    first = next(iter(modules.values()))
+    device = runs_on(home(first), next(iter(tensors_of(first).values())))
     weights = {
         (name, part): cast(Tensor, home(modules[name])._parameters[part])
         for name in modules

@@ -91,7 +91,7 @@ class AdaptedExperts(AdaptedModule):
         if isinstance(W, DTensor):  # see Note [Sharded weights]
             adapter.sharded = True
             return W
-        if W is None or (self.off and adapter.owner.on_input is None):
+        if W is None or adapter.raw or (self.off and adapter.owner.on_input is None):
             return W
         part = adapter.parts[name]
         if W.numel() != part.experts * part.m * part.n and not adapter.sharded:

@@ -25,6 +25,7 @@ from lightning_uora.adapters.effective import EffectiveWeight, effective
 from lightning_uora.adapters.freshness import Kept, keepable
 from lightning_uora.adapters.functional import compute_dtype
 from lightning_uora.adapters.kinds import CONVOLUTIONS, Part, has_plain_forward
+from lightning_uora.adapters.offloaded import HOOK, is_offloaded, kept_elsewhere, runs_on, sees_vectors
 from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.own_rows import Own
 from lightning_uora.adapters.projections import Projections
@@ -54,7 +55,7 @@ class Adapter:
         held: Effective weights of the forward that runs, by thread.
         base: The adapted parameters as they were last read.
         sharded: The weight was seen as a DTensor.
-        raw: Assignments to the adapted parameters are of the base (a state dict's).
+        raw: Reads and assignments of the adapted parameters are of the base (a state dict's, a hook's).
         before: Attributes of a quantised module as they were.
         norm: Of a quantised weight, once it was asked for.
     """
@@ -136,7 +137,8 @@ class AdaptedModule(nn.Module):
         deltas = []
         for name, part in self._uora.parts.items():
             W = cast(Tensor, self.home._parameters[name])
-            deltas.append(part.delta(torch.zeros_like(W), *self._uora_sources(part.n)))
+            zeros = torch.zeros_like(W, device=self.uora_d.device)
+            deltas.append(part.delta(zeros, *self._uora_sources(part.n)))
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
     def merged_weights(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -159,6 +161,11 @@ class AdaptedModule(nn.Module):
     def _uora_sources(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Own]:
         """A (of width n) and B, shared or its own, d, b, and what stands for rows and columns here."""
         owner, index, device = self._uora.owner, self._uora.index, self.uora_d.device
+        if HOOK in self.__dict__ and sees_vectors(self) and self._uora_needs_grad():
+            raise ValueError(
+                f"module {owner.adapted[index]!r} was offloaded after its adapter was attached, so nothing "
+                "that it learns would stay; attach (or load) it after dispatch_model and cpu_offload."
+            )
         A, B, own = owner.sources(n, self._uora.m, index)
         if A.device != device or B.device != device:
             A, B, *mine = owner.found_on(device, A, B, *own)
@@ -171,7 +178,7 @@ class AdaptedModule(nn.Module):
         if isinstance(W, DTensor):  # see Note [Sharded weights]
             adapter.sharded = True
             return W
-        if W is None or adapter.owner.disabled:
+        if W is None or adapter.owner.disabled or adapter.raw:
             return W
         if W.numel() != adapter.parts[name].m * adapter.parts[name].n and not adapter.sharded:
             self._uora_refuse_shape(name, W)
@@ -208,7 +215,7 @@ class AdaptedModule(nn.Module):
 
     def _uora_keeps(self) -> bool:
         """Whether an effective weight made now may be kept for later reads."""
-        busy = self.training or self._uora_needs_grad() or self._uora.sharded
+        busy = self.training or self._uora_needs_grad() or self._uora.sharded or is_offloaded(self.home)
         return not busy and keepable(self.uora_d)
 
     def _uora_needs_grad(self) -> bool:
@@ -351,14 +358,15 @@ class AdaptedModule(nn.Module):
     def _uora_device(self) -> torch.device | None:
         """Where the base is."""
         W = self.home._parameters[next(iter(self._uora.parts))]
-        return None if W is None else W.device
+        return None if W is None else runs_on(self.home, W)
 
     def base_norm(self) -> Tensor:
         """Frobenius norm of the frozen weight."""
-        weights = [cast(Tensor, self.home._parameters[name]) for name in self._uora.parts]
-        norms = [
-            torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)) for W in weights
-        ]
+        norms = []
+        for name in self._uora.parts:
+            kept = kept_elsewhere(self.home, name)
+            W = cast(Tensor, self.home._parameters[name] if kept is None else kept)
+            norms.append(torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)))
         norm: Tensor = torch.stack(norms).norm()
         return norm
 

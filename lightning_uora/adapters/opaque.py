@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_uora.adapters.offloaded import KEPT_FORWARD
+
 __all__ = [
-    "KEPT_FORWARD",
     "PACKS",
     "dequantised",
     "dtype_of",
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 LIBRARIES = ("bitsandbytes", "torchao")
-KEPT_FORWARD = "_old_forward"
-"""Where accelerate's hooks keep a module's own forward."""
 
 # Note [What is opaque]
 # A linear map that keeps its weight in a form of its own: a parameter of a quantising library's class, or of

@@ -7,14 +7,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters.around import AdaptedAround, with_forward
+from lightning_uora.adapters.around import AdaptedAround
 from lightning_uora.adapters.experts import AdaptedExperts, leave, settle_in
 from lightning_uora.adapters.forms import AdaptedAttention, AdaptedLinear
 from lightning_uora.adapters.kinds import has_plain_forward, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, Adapter
+from lightning_uora.adapters.offloaded import hide_vectors, runs_on, show_vectors, with_forward
 from lightning_uora.adapters.opaque import PACKS, is_opaque, settle_, tensors_of
 from lightning_uora.adapters.projections import Projections
-from lightning_uora.adapters.stacked import Experts
+from lightning_uora.adapters.stacked import Experts, home
 
 __all__ = ["specialise", "unspecialise"]
 
@@ -66,19 +67,21 @@ def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModu
     adapter = Adapter(owner, parts, index)
     opaque = is_opaque(module)
     base = tensors_of(module)
-    device = next(iter(base.values())).device
+    device = runs_on(home(module), next(iter(base.values())))
     axis = [part.experts for part in parts.values() if part.experts]
     d = torch.full((*axis, owner.config.rank), owner.config.d_init, dtype=torch.float32, device=device)
     b = torch.zeros(*axis, adapter.m, dtype=torch.float32, device=device)
     module.__dict__["_uora"] = adapter
     module.register_parameter("uora_d", nn.Parameter(d))
     module.register_parameter("uora_b", nn.Parameter(b))
-    module.__class__ = _adapted_class(type(module), () if opaque else tuple(parts))
+    before = type(module)
+    module.__class__ = _adapted_class(before, () if opaque else tuple(parts))
+    with_forward(module, before)
+    hide_vectors(home(module))
     if isinstance(module, Experts):
         settle_in(module)
     if opaque:
         settle_(module)
-        with_forward(module)
         if PACKS in module.__dict__:  # see Note [Another packing on CPUs]
             adapter.before[PACKS], module.__dict__[PACKS] = module.__dict__[PACKS], False
     return cast(AdaptedModule, module)
@@ -86,12 +89,12 @@ def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModu
 
 def unspecialise(module: AdaptedModule) -> nn.Module:
     """Undo :func:`specialise` exactly."""
-    around = isinstance(module, AdaptedAround)
+    before = type(module)
     module.__dict__.update(module._uora.before)
     if isinstance(module, AdaptedExperts):
         leave(cast(Experts, module))
     cast(nn.Module, module).__class__ = module.original_class
-    if around:
-        with_forward(module)
+    with_forward(module, before)
+    show_vectors(home(module))
     del module._parameters["uora_d"], module._parameters["uora_b"], module.__dict__["_uora"]
     return module

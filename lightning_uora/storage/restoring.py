@@ -22,7 +22,9 @@ from lightning_uora.adapters import (
     Projections,
     adopt,
     facts,
+    is_offloaded,
     is_opaque,
+    kept_elsewhere,
     named_buffers,
     named_layers,
     named_modules,
@@ -100,14 +102,23 @@ def _base_prints(one: Attachment) -> dict[str, list[Any]]:
 
 
 def frozen_parameters(root: nn.Module) -> dict[str, Tensor]:
-    """The base: what does not train, by plain name; of quantised modules the packed buffers too."""
+    """The base: what does not train, by plain name; of quantised modules the packed buffers too.
+
+    Offloaded parameters as they are kept, see Note [Offloaded layers].
+    """
     for module in root.modules():
         if isinstance(module, AdaptedAround) or is_opaque(module):
             settle_(module)
     trained = set(trained_parameters(root))
     prefixes, own = quantised_prefixes(root), _owned(root)
     packed = {n: b for n, b in named_buffers(root).items() if n.startswith(prefixes) and id(b) not in own}
-    return {name: p for name, p in (named_parameters(root) | packed).items() if name not in trained}
+    found = {name: p for name, p in (named_parameters(root) | packed).items() if name not in trained}
+    for path, module in named_modules(root).items():
+        for leaf in module._parameters if is_offloaded(module) else ():
+            name = f"{path}.{leaf}".lstrip(".")
+            kept = kept_elsewhere(module, leaf) if name in found else None
+            found |= {} if kept is None else {name: kept}
+    return found
 
 
 def _owned(root: nn.Module) -> set[int]:

@@ -43,7 +43,7 @@ INSIDE = {
         ("observer", "moments", "shared_inputs", "untouched"),
         ("patches",),
     ),
-    "reports": (("contents", "figures", "inspection", "meta_models", "progress", "report"),),
+    "reports": (("contents", "figures", "inspection", "meta_models", "progress", "report"), ("step_peak",)),
     "reinit": (("schedule",), ("refresh",), ("growth", "known_rows"), ("weakness", "rotation")),
     "adapters": (
         ("attach",),

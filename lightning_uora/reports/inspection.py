@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_uora.adapters import (
     trained_parameters,
 )
 from lightning_uora.config import UORAConfig, require_choice
+from lightning_uora.reports.step_peak import saved_bytes
 
 __all__ = ["Inspection", "LayerCost", "inspect_model"]
 
@@ -41,6 +42,13 @@ ADAMW = 16
 # refreshed in runs here. Of a quantised base adapters are factored; its linear layers but heads and output
 # embeddings take what bitsandbytes takes: 4 bits and a scale (double: of 8 bits) for 64 numbers, or 8 bits
 # and a scale for each row. Of experts those count that one token sees; quantisers leave them as they are.
+
+# Note [Peak of a step]
+# The base, A and B, what trains with its gradient and AdamW's moments, what is kept for backward (see
+# Note [Saved without numbers]), and the room that products take: three times the largest weight in the dtype
+# that it computes in (five times where it is dequantised first), and of the adapter's largest layer two
+# (m, r) products in float32 and one in that dtype. That room is what `benchmarks/memory.py` showed on a CPU:
+# by it the peaks there at rank 256 and 1024 come out within 10 % (bfloat16 -4 and -9 %, nf4 -3 and +4 %).
 
 OWN_SHARE = 0.14
 """Of a layer's rows that four default refreshes turn: 12, 15 and 14 % on the digits, docstrings and manual of
@@ -81,13 +89,14 @@ class Inspection:
     stored_projection_bytes: int
     base_bytes: int
     quantize: str | None = None
+    peak_bytes: int | None = None
 
     @property
     def adapter_params(self) -> int:
         """Trained numbers in d and b; PEFT's VeRA of the same rank trains as many."""
         return sum(layer.adapter_params for layer in self.layers)
 
-    def totals(self) -> dict[str, int | float]:
+    def totals(self) -> dict[str, Any]:
         """Sums over the layers, see Note [What an adapter adds to a training step]."""
         lora = sum(layer.lora_params for layer in self.layers)
         frozen = sum(layer.frozen_flops_per_token for layer in self.layers)
@@ -95,6 +104,7 @@ class Inspection:
         return {
             "base_params": self.base_params,
             "base_bytes": self.base_bytes,
+            "peak_bytes": self.peak_bytes,
             "head_params": self.head_params,
             "adapter_params": self.adapter_params,
             "vera_params": self.adapter_params,
@@ -154,6 +164,10 @@ class Inspection:
         )
         how = f" with its linear layers but heads in {self.quantize}" if self.quantize else ""
         yield f"the frozen base itself: {_bytes(t['base_bytes'])}{how}"
+        if self.peak_bytes is not None:
+            yield f"peak of a training step, all in all: about {_bytes(self.peak_bytes)} (no checkpointing)"
+        else:
+            yield "peak of a training step: not known, the model does not run without its numbers"
         yield f"extra FLOPs: +{t['extra_flops_fraction']:.1%} of what these layers take when frozen"
 
     def _by_pattern(self) -> dict[tuple[str, int, int, str], list[LayerCost]]:
@@ -211,6 +225,9 @@ def inspect_model(
     stored = sum(FLOAT16 * config.rank * int(n.split("_")[1]) for n in given)
     largest = max(part.n for part in parts) + max(layer.m for layer in layers)
     trained = sum(p.numel() for p in trained_parameters(model).values())
+    saved = saved_bytes(model, tokens) if all(p.is_meta for p in model.parameters()) else None
+    fixed = base_bytes + sum(sizes.values()) + ADAMW * trained
+    peak = None if saved is None else fixed + saved + _room(adapters.values(), config.rank, quantize)
     return Inspection(
         model=name or type(model).__name__,
         rank=config.rank,
@@ -226,7 +243,17 @@ def inspect_model(
         stored_projection_bytes=stored if config.init == "inputs" else 0,
         base_bytes=base_bytes,
         quantize=quantize,
+        peak_bytes=peak,
     )
+
+
+def _room(layers: Iterable[AdaptedModule], rank: int, quantize: str | None) -> int:
+    """What products take besides, see Note [Peak of a step]."""
+    largest = max(
+        (_width_of(layer) * part.m * part.n, part.m) for layer in layers for part in layer.adapted_parts
+    )
+    weight, m = largest
+    return (5 if quantize else 3) * weight + rank * m * (2 * FLOAT32 + FLOAT16)
 
 
 def _linear_weights(model: nn.Module) -> Iterator[nn.Parameter]:

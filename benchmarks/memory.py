@@ -1,11 +1,13 @@
 """Peak memory and time of a training step on Llama-shaped stacks: frozen base, LoRA, PEFT's VeRA and UORA.
 
-    python benchmarks/memory.py              # all rows; half an hour on two cores
+    python benchmarks/memory.py              # all rows; an hour on two cores
+    python benchmarks/memory.py --shapes 1B  # some of them; the others are kept
     python benchmarks/memory.py --quick      # tiny layers: whether every row runs; nothing is kept
 
 Random weights, in bfloat16 or packed to nf4 (bitsandbytes), adapters on all linear layers, AdamW. Each row is
 a process of its own: the peak is the highest resident memory of the steps less what the process took before
-there was a model. "after" is after four refreshes of the default schedule on drawn vectors.
+there was a model. "after" is after four refreshes of the default schedule on drawn vectors. The Mixtral block
+has 8 experts of 44 million numbers (84 MiB) each, which LoRA leaves alone and UORA adapts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 16,
+    },
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
     "2 layers of 8B": {
         "hidden_size": 4096,
@@ -31,6 +40,15 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+}
+MIXTRAL = "Mixtral block"
+SHAPES[MIXTRAL] = {
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_hidden_layers": 1,
 }
 BASES = ("bfloat16", "nf4")
 METHODS = (
@@ -44,6 +62,7 @@ METHODS = (
     ("uora after", 1024),
 )
 FEWER = tuple(one for one in METHODS if one[1] <= 256)
+WITH_EXPERTS = (("floor", 0), ("lora on attention", 8), ("uora", 256), ("uora after", 256))
 COLUMNS = ["shape", "base", "checkpointing", "method", "rank", "tokens", "peak_mib", "seconds", "trainable"]
 STEPS = 3
 
@@ -86,17 +105,19 @@ def adapted(model, method: str, rank: int):
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     if method == "floor":
         return model.requires_grad_(False)
+    if method == "lora on attention":
+        return get_peft_model(model, LoraConfig(r=rank, target_modules=names[:4]))
     if method == "lora":
         return get_peft_model(model, LoraConfig(r=rank, target_modules=names))
     if method == "vera":
         return get_peft_model(model, VeraConfig(r=rank, target_modules=names))
-    attach_uora(model, UORAConfig(rank=rank, target_modules=names, trainable_modules=()))
+    attach_uora(model, UORAConfig(rank=rank, target_modules="all-linear", trainable_modules=()))
     if method == "uora after":
         generator = torch.Generator().manual_seed(0)
         for _ in range(4):
             with torch.no_grad():
                 for _, layer in named_adapters(model):
-                    layer.uora_d.copy_(torch.randn(rank, generator=generator))
+                    layer.uora_d.copy_(torch.randn(layer.uora_d.shape, generator=generator))
             refresh(model, ReinitSchedule())
     return model
 
@@ -110,10 +131,11 @@ def measure(shape: str, base: str, checkpointing: bool, method: str, rank: int, 
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPES[shape], num_hidden_layers=2, vocab_size=1000)
+    sizes = {"num_hidden_layers": 2, "vocab_size": 1000, "dtype": "bfloat16", **SHAPES[shape]}
+    kind = transformers.MixtralConfig if "num_local_experts" in sizes else transformers.LlamaConfig
+    config = kind(**sizes)
     start = resident()
-    model = transformers.LlamaForCausalLM(config.__class__(**{**config.to_dict(), "torch_dtype": "bfloat16"}))
-    model = model.to(torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     if base != "bfloat16":
         packed(model.model, base)
     model = adapted(model, method, rank).train()
@@ -168,7 +190,11 @@ def report(rows: list[dict]) -> str:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for row in rows:
         place = ("shape", "base", "checkpointing", "tokens")
-        same = (one for one in rows if one["method"] == "lora" and all(one[k] == row[k] for k in place))
+        same = (
+            one
+            for one in rows
+            if one["method"].startswith("lora") and all(str(one[k]) == str(row[k]) for k in place)
+        )
         lora = next(same, None)
         share = f"{float(row['peak_mib']) / float(lora['peak_mib']):.3f}" if lora else ""
         name = row["method"].upper().replace(" AFTER", ", after refreshes")
@@ -179,12 +205,22 @@ def report(rows: list[dict]) -> str:
     return "\n".join([*lines, "", "On an accelerator: not measured.", ""])
 
 
+def jobs(shape: str) -> list[tuple]:
+    """Base, checkpointing and methods of a shape's rows."""
+    if shape == MIXTRAL:
+        return [("bfloat16", False, WITH_EXPERTS)]
+    if shape == "1B":
+        return [(base, False, FEWER) for base in BASES]
+    return [(base, again, FEWER if again else METHODS) for base in BASES for again in (False, True)]
+
+
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--shapes", nargs="+", default=[s for s in SHAPES if s != "tiny"], choices=SHAPES)
     parser.add_argument("--row", nargs=6, help=argparse.SUPPRESS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -193,15 +229,17 @@ def main() -> None:
         row = measure(shape, base, checkpointing == "True", method, int(rank), int(tokens))
         csv.DictWriter(sys.stdout, COLUMNS).writerow(row)
         return
-    shape, tokens = ("tiny", 32) if given.quick else ("2 layers of 8B", 512)
+    tokens, shapes = (32, ["tiny"]) if given.quick else (512, given.shapes)
     rows = []
-    for base in BASES:
-        for checkpointing in (False, True):
-            for method, rank in METHODS if not checkpointing else FEWER:
+    for shape in shapes:
+        for base, checkpointing, methods in jobs(shape):
+            for method, rank in methods:
                 rows.append(alone(shape, base, checkpointing, method, rank, tokens))
                 print(rows[-1], flush=True)
     if given.quick:
         return
+    with (RESULTS / "memory.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["shape"] not in shapes] + rows
     with (RESULTS / "memory.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -1,6 +1,7 @@
 """Instruction-tune a Llama-family model: chat template, prompts masked from the loss, packed batches.
 
     python examples/instruction_tuning.py             # offline: a small Llama, questions about the library
+    python examples/instruction_tuning.py --load-4bit --experts       # offline: experts, the rest in 4 bits
     python examples/instruction_tuning.py --online --model meta-llama/Llama-3.2-1B --data tatsu-lab/alpaca
 
 Offline, a small Llama is first pretrained by this script on half of the standard library's functions; then
@@ -9,6 +10,9 @@ CPU core, four of them pretraining; loss per held-out answer token: 4.5 before, 
 those of a small model). Online: any causal model of the hub, an instruction dataset with columns
 ``instruction``, ``input``, ``output``; hours for 1B parameters on one accelerator; not run where this was
 written, which has no network. Without either option: offline, unless the model is in the local hub cache.
+
+Memory of a training step of 2,048 tokens at rank 256, by ``uora inspect --target-modules all-linear``: a
+Llama of 1B 6.4 GB, with ``--load-4bit`` 4.9 GB; of 8B 26.9 and 16.8 GB. The adapter's file: 1.6 and 5.7 MB.
 """
 
 from __future__ import annotations
@@ -85,13 +89,14 @@ def main() -> None:
     parser = text_options(__doc__, "meta-llama/Llama-3.2-1B", 6, "instruction_tuning")
     parser.add_argument("--data", default="tatsu-lab/alpaca", help="online only")
     parser.add_argument("--pretraining-epochs", type=int, default=5)
+    parser.add_argument("--load-4bit", action="store_true", help="linear layers in nf4, by bitsandbytes")
+    parser.add_argument("--experts", action="store_true", help="a small mixture of experts; offline only")
     given = parser.parse_args()
     quiet_transformers()
     offline = is_offline(given.offline, given.model)
     with one_line_errors("" if offline else given.model):
-        model, tokenizer = load(
-            given.model, "llama" if offline else None, given.out, given.pretraining_epochs
-        )
+        small = None if not offline else "mixtral" if given.experts else "llama"
+        model, tokenizer = load(given.model, small, given.out, given.pretraining_epochs, given.load_4bit)
         tokenizer.chat_template = tokenizer.chat_template or CHAT
         pairs = library_pairs() if offline else dataset_pairs(given.data)
         rows = [encode(tokenizer, pair) for pair in pairs[: 2 * (given.limit or len(pairs))]]

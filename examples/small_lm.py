@@ -7,6 +7,7 @@ kept in the output folder, as a folder that ``from_pretrained`` reads.
 from __future__ import annotations
 
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -75,12 +78,14 @@ class LanguageModel(LightningModule):
 
 
 def load(
-    name: str, small: str | None, folder: Path, epochs: int
+    name: str, small: str | None, folder: Path, epochs: int, four_bits: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A causal model of the hub with its tokenizer, or the small stand-in (``"gpt2"``, ``"llama"``).
+    """A causal model of the hub with its tokenizer, or a small ``"gpt2"``, ``"llama"`` or ``"mixtral"``.
+
+    With ``four_bits`` its linear layers are packed to nf4 as they are loaded.
 
     Raises:
-        BadInputError: The tokenizer has no token to pad or to end with.
+        BadInputError: The tokenizer has no token to pad or to end with; bitsandbytes is missing.
     """
     if small is not None:
         name = str(folder / f"pretrained-{small}-{epochs}")
@@ -90,7 +95,16 @@ def load(
     if tokenizer.eos_token is None:
         raise BadInputError(f"the tokenizer of {name!r} has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name), tokenizer
+    more = {"quantization_config": _nf4()} if four_bits else {}
+    return AutoModelForCausalLM.from_pretrained(name, **more), tokenizer
+
+
+def _nf4() -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise BadInputError("--load-4bit needs bitsandbytes: pip install 'lightning-uora[quantized]'")
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
 
 
 def _pretrain(kind: str, epochs: int, folder: str) -> None:
@@ -106,9 +120,12 @@ def _pretrain(kind: str, epochs: int, folder: str) -> None:
         config = GPT2Config(vocab_size=size, n_positions=256, n_embd=128, n_layer=4, n_head=4, **special)
     else:
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-        config = LlamaConfig(
-            vocab_size=size, **sizes, num_attention_heads=4, num_key_value_heads=2, **special
-        )
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": size}
+        if kind == "llama":
+            config = LlamaConfig(**sizes, **special)
+        else:
+            sizes["intermediate_size"] = 128
+            config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, **special)
     module = LanguageModel(AutoModelForCausalLM.from_config(config), lr=3e-3)
     print(f"pretraining a small {kind} on {len(ids):,} tokens, once; kept in {folder}")
     batches = DataLoader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -121,6 +122,28 @@ def test_instruction_example_compares_the_loss_on_answers(monkeypatch, folder, c
     options = ["--offline", "--epochs", "1", "--limit", "4", "--rank", "8", "--pretraining-epochs", "0"]
     run(monkeypatch, "examples/instruction_tuning.py", *options)
     assert "held-out loss per answer token" in capsys.readouterr().out
+
+
+def test_instruction_example_runs_experts_and_four_bits(monkeypatch, folder, capsys):
+    """The loss falls with both, and the experts' vectors are among what trains."""
+    pytest.importorskip("bitsandbytes")
+    options = ["--offline", "--epochs", "2", "--limit", "12", "--rank", "8", "--pretraining-epochs", "0"]
+    run(monkeypatch, "examples/instruction_tuning.py", *options, "--load-4bit", "--experts")
+    out = capsys.readouterr().out
+    before, after = re.search(r"answer token: ([\d.]+) -> ([\d.]+)", out).groups()
+    assert float(after) < float(before)
+    experts = 4 * 4 * (8 + 2 * 128) + 4 * 4 * (8 + 128)
+    assert f"trained {experts + 4 * (2 * (8 + 128) + 2 * (8 + 64)):,} of" in out
+
+
+def test_instruction_example_says_what_four_bits_need(monkeypatch, folder, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import small_lm
+
+    monkeypatch.setattr(small_lm, "find_spec", lambda name: None)
+    options = ["--offline", "--limit", "4", "--pretraining-epochs", "0", "--load-4bit"]
+    line = refused(monkeypatch, capsys, "examples/instruction_tuning.py", *options)
+    assert "lightning-uora[quantized]" in line
 
 
 def test_prompts_do_not_count_and_packed_conversations_do_not_see_each_other(monkeypatch, folder):

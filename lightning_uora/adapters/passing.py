@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_uora.adapters.kinds import is_supported
 from lightning_uora.adapters.names import named_parameters
+from lightning_uora.adapters.opaque import is_quantised
 from lightning_uora.config import PRESETS
 
 __all__ = ["frozen_parts", "passed_by", "tied_beyond"]
@@ -17,7 +18,8 @@ __all__ = ["frozen_parts", "passed_by", "tied_beyond"]
 # A loss network or a teacher is frozen as a whole beside parts that train. Patterns and presets match its
 # layers too, and adapters there would train it. So where some of the layers that were found are frozen and
 # others are not, the frozen ones stay as they are, unless they are named in full. Where all are frozen, it is
-# the backbone that its user froze before a fit, and adapters are what it is waiting for.
+# the backbone that its user froze before a fit, and adapters are what it is waiting for. A quantised weight
+# never wants a gradient: of such a layer the parameters around it tell.
 
 SMALL = re.compile(r"bias|table|embed|pos|token|scale|norm", re.IGNORECASE)
 """Parameters of two axes and more that are no weights of a layer."""
@@ -32,8 +34,9 @@ def frozen_parts(
     See Note [Frozen by the user].
     """
     named = [name for name in chosen if name in targets and name not in PRESETS]
-    frozen = {name for name in chosen if name not in named and _is_frozen(modules[name])}
-    if not frozen or all(_is_frozen(modules[name]) for name in chosen):
+    still = {name for name in chosen if _is_frozen(_telling(modules, name))}
+    frozen = still - set(named)
+    if not frozen or still == chosen:
         return (), set()
     parts: dict[str, None] = {}
     for name in modules:
@@ -45,8 +48,15 @@ def frozen_parts(
     return tuple(parts), frozen
 
 
+def _telling(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    """The layer, or the smallest part around it that has a parameter which could want a gradient."""
+    while name and all(is_quantised(p) for p in modules[name].parameters()):
+        name = name.rpartition(".")[0]
+    return modules[name]
+
+
 def _is_frozen(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
+    parameters = [p for p in module.parameters() if not is_quantised(p)]
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 

@@ -385,3 +385,18 @@ def test_a_quantised_layer_may_be_the_whole_model(kind, tmp_path):
     save_adapter(model, tmp_path)
     load_adapter(twin, tmp_path)
     assert torch.equal(twin(inputs()), model(inputs()))
+
+
+def test_a_quantised_layer_beside_one_that_is_not_is_adapted_too():
+    """Its weight never wants a gradient, which is no sign that its user froze it."""
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(layer), nn.LayerNorm(64))
+    assert attach_uora(model, UORAConfig(4, "all-linear", trainable_modules=())) == ["0", "1.0"]
+
+
+def test_a_quantised_part_that_its_user_froze_stays_as_it_is():
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    teacher = nn.Sequential(layer, nn.LayerNorm(64)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(64, 64), teacher)
+    assert attach_uora(model, UORAConfig(4, "all-linear", trainable_modules=())) == ["0"]
+    assert summarize(model).kept == ("1",)

@@ -22,7 +22,8 @@ from lightning_uora.trainer.rates import AUTO_RATE, auto_rate
 from tests import families
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-VISION, TEXT, GROUPS, PLAIN, INPUTS, QUANTISED, FILES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+VISION, TEXT, GROUPS, PLAIN, INPUTS, QUANTISED, EXPERTS, FILES = SNIPPETS
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -78,6 +79,16 @@ def test_the_lines_for_quantised_bases_run():
     exec(QUANTISED, {"quantised_model": model})
     assert type(model[0]) is torch.nn.Linear
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+
+
+def test_the_lines_for_experts_run(capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=30, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config)
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this version of transformers keeps experts as Linear layers")
+    exec(EXPERTS, {"mixture": model})
+    assert "model.layers.0.mlp.experts.down_proj (4, 64) (4, 16)" in capsys.readouterr().out
 
 
 def test_the_groups_written_by_hand_run(small):

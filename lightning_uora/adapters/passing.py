@@ -10,6 +10,7 @@ from torch import nn
 from lightning_uora.adapters.kinds import is_supported
 from lightning_uora.adapters.names import named_parameters
 from lightning_uora.adapters.opaque import is_quantised
+from lightning_uora.adapters.stacked import routers
 from lightning_uora.config import PRESETS
 
 __all__ = ["frozen_parts", "passed_by", "tied_beyond"]
@@ -87,9 +88,15 @@ def passed_by(
         sum(p.numel() for p in modules[name].parameters(recurse=False) if p.dim() > 1) for name in adapted
     ]
     found: dict[str, int] = {}
+    choosing = routers(modules)
     for name, module in modules.items():
         path = f"{name}."
-        if is_supported(module) or isinstance(module, EMBEDDINGS) or path.startswith(elsewhere):
+        if (
+            name in choosing
+            or is_supported(module)
+            or isinstance(module, EMBEDDINGS)
+            or path.startswith(elsewhere)
+        ):
             continue
         for leaf, p in module.named_parameters(recurse=False):
             weight = sum(size > 1 for size in p.shape) > 1 and 2 * p.numel() >= min(sizes)

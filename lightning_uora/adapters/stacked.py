@@ -61,7 +61,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def routers(modules: dict[str, nn.Module]) -> set[str]:
-    """Names of the linear layers that choose among experts: as many outputs as there are experts beside."""
+    """Names of the modules that choose among experts: as many outputs as there are experts beside."""
     found = set()
     for name, module in modules.items():
         if isinstance(module, Experts):
@@ -69,11 +69,15 @@ def routers(modules: dict[str, nn.Module]) -> set[str]:
             count = cast(Tensor, module.host._parameters[module.leaf]).shape[0]
             inside = f"{block}." if block else ""
             found |= {
-                other
-                for other, one in modules.items()
-                if other.startswith(inside) and getattr(one, "out_features", None) == count
+                other for other, one in modules.items() if other.startswith(inside) and _outputs(one) == count
             }
     return found
+
+
+def _outputs(module: nn.Module) -> int | None:
+    weight = module._parameters.get("weight")
+    matrix = weight is not None and not isinstance(weight, UninitializedParameter) and weight.dim() == 2
+    return getattr(module, "out_features", cast(Tensor, weight).shape[0] if matrix else None)
 
 
 def stacks_in(module: nn.Module) -> dict[str, bool | None]:

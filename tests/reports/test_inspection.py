@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import io
 import json
 import ssl
 import urllib.error
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -132,6 +134,57 @@ def test_own_rows_are_counted_once_for_each_layer_and_size():
     config = dataclasses.replace(config, share="model")
     model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=8, vdim=6), nn.Linear(8, 8))
     assert inspect_model(model, config).totals()["own_projection_bytes"] == 0
+
+
+def test_experts_count_by_how_many_see_a_token():
+    """8 experts of which 2 see a token: parameters of 8, operations of 2."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=30, num_local_experts=8)
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config)
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this version of transformers keeps experts as Linear layers")
+    found = inspect_model(model, UORAConfig(rank=4, target_modules="all-linear"), 64)
+    up = next(layer for layer in found.layers if layer.name.endswith("gate_up_proj"))
+    assert up.adapter_params == 8 * (4 + 64)
+    assert up.lora_params == 8 * 8 * (64 + 16)
+    assert up.frozen_flops_per_token == 2 * 4 * 64 * 16
+    assert up.activation_bytes == 4 * 2 * 64 * 4
+    assert found.peak_bytes is not None
+
+
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "memory.csv"
+
+
+@pytest.mark.parametrize(("quantize", "base"), [(None, "bfloat16"), ("nf4", "nf4")])
+@pytest.mark.parametrize("rank", [256, 1024])
+def test_the_peak_of_a_step_is_within_a_tenth_of_what_was_measured(quantize, base, rank):
+    """On two layers of an 8B Llama, against ``benchmarks/memory.py``."""
+    row = {"shape": "2 layers of 8B", "base": base, "checkpointing": "False", "method": "uora"}
+    rows = list(csv.DictReader(MEASURED.read_text().splitlines()))
+    (found,) = [r for r in rows if r["rank"] == str(rank) and all(r[k] == v for k, v in row.items())]
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=8, num_hidden_layers=2, vocab_size=1000)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    told = inspect_model(model, UORAConfig(rank, "all-linear"), 512, quantize=quantize).peak_bytes
+    assert told / 2**20 == pytest.approx(float(found["peak_mib"]), rel=0.1)
+
+
+def test_a_model_that_looks_at_numbers_has_no_peak():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.default_cfg = nn.Linear(4, 4), {"input_size": (4,)}
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    with torch.device("meta"):
+        model = Looks()
+    found = inspect_model(model, UORAConfig(2, "all-linear", trainable_modules=()))
+    assert found.peak_bytes is None
+    assert any("not known" in line for line in found.lines())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4-double", "int8"])

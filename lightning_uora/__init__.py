@@ -7,7 +7,17 @@ may take from it): ``callback``, ``cli`` · ``trainer`` · ``storage``, ``inputs
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_uora.adapters import adapters_disabled, attach_uora, detach_uora, named_adapters, param_groups
+from lightning_uora.adapters import (
+    adapter_names,
+    adapters_disabled,
+    add_adapter,
+    attach_uora,
+    detach_uora,
+    named_adapters,
+    param_groups,
+    remove_adapter,
+    set_adapter,
+)
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.inputs import calibrate
 from lightning_uora.reinit import rebuild, refresh
@@ -25,7 +35,9 @@ __all__ = [
     "Summary",
     "UORACallback",
     "UORAConfig",
+    "adapter_names",
     "adapters_disabled",
+    "add_adapter",
     "attach_uora",
     "calibrate",
     "detach_uora",
@@ -38,7 +50,9 @@ __all__ = [
     "plot_vectors",
     "rebuild",
     "refresh",
+    "remove_adapter",
     "save_adapter",
+    "set_adapter",
     "summarize",
 ]
 

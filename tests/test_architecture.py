@@ -46,6 +46,7 @@ INSIDE = {
     "reports": (("contents", "figures", "inspection", "meta_models", "progress", "report"), ("step_peak",)),
     "reinit": (("schedule",), ("refresh",), ("growth", "known_rows"), ("weakness", "rotation")),
     "adapters": (
+        ("several",),
         ("attach",),
         ("resizing",),
         ("attachments", "targets", "specialise"),

@@ -37,6 +37,18 @@ from lightning_uora.adapters.projections import (
     seeded_generator,
 )
 from lightning_uora.adapters.roles import find_heads
+from lightning_uora.adapters.several import (
+    activated,
+    adapter_names,
+    add_adapter,
+    put_back,
+    put_off,
+    remove_adapter,
+    require_free,
+    set_adapter,
+    settle_beside,
+    undo,
+)
 from lightning_uora.adapters.stacked import active_experts, named_layers
 from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
@@ -49,8 +61,11 @@ __all__ = [
     "Part",
     "Projections",
     "Selection",
+    "activated",
     "active_experts",
+    "adapter_names",
     "adapters_disabled",
+    "add_adapter",
     "adopt",
     "attach_beside",
     "attach_to",
@@ -79,13 +94,20 @@ __all__ = [
     "packed_parts",
     "param_groups",
     "plain",
+    "put_back",
+    "put_off",
+    "remove_adapter",
     "require_attachments",
+    "require_free",
     "require_no_inference_mode",
     "seeded_generator",
+    "set_adapter",
     "settle_",
+    "settle_beside",
     "trained_as_they_are",
     "trained_names",
     "trained_parameters",
+    "undo",
     "unpacked",
     "unwrapped",
     "vectors_in",

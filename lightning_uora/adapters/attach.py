@@ -26,7 +26,7 @@ from lightning_uora.adapters.attachments import (
 )
 from lightning_uora.adapters.kinds import Part, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
-from lightning_uora.adapters.names import named_modules, named_parameters, unwrapped
+from lightning_uora.adapters.names import SHELF, named_modules, named_parameters, unwrapped
 from lightning_uora.adapters.offloaded import is_offloaded, runs_on
 from lightning_uora.adapters.opaque import dtype_of, is_opaque, plain_linear, tensors_of
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
@@ -168,6 +168,8 @@ def detach_uora(model: nn.Module, merge: bool = False, dequantize: bool = False)
     for one in reversed(found):  # the first one knows how it was before all of them
         _detach(one)
     _exchange(model, plain)
+    for one in found:  # with it go those that waited
+        one.root._modules.pop(SHELF, None)
     for _, copied in list(adapted_modules(model)):  # whose A and B are registered nowhere
         unspecialise(copied)
 

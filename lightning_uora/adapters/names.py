@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["named_buffers", "named_modules", "named_parameters", "plain", "unwrapped"]
+__all__ = ["SHELF", "named_buffers", "named_modules", "named_parameters", "plain", "unwrapped"]
 
 WRAPPED = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where torch.compile, Fabric and torch's own wrappers keep the module."""
 PARALLEL = (DataParallel, DistributedDataParallel)
+SHELF = "uora_shelf"
+"""Where adapters wait that do not compute; plain names do not reach there."""
 _WRAPPED = re.compile(rf"(^|(?<=\.))({'|'.join(WRAPPED)})(\.|$)")
 
 
@@ -43,6 +45,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     for name, module in model.named_modules():
         if name:
             parent, _, leaf = name.rpartition(".")
+            if leaf == SHELF or parent not in parents:
+                continue
             wraps = leaf in WRAPPED or (leaf == "module" and isinstance(parents[parent], PARALLEL))
             plains[name] = plains[parent] if wraps else f"{plains[parent]}.{leaf}".lstrip(".")
             parents[name] = module

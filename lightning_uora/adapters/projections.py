@@ -104,7 +104,10 @@ class Projections(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.name = "default"  # of the adapter
         self.disabled = 0
+        self.set_off = False  # by set_adapter(model, None)
+        self.displaced: dict[str, nn.Parameter] = {}  # by what trains besides, see Note [Adapters on a shelf]
         self.requires_grad_before: dict[str, bool] = {}
         self.left: tuple[str, ...] = ()  # the user's own layers that stay frozen at their start
         self.adapted: tuple[str, ...] = ()  # names of its layers within the root, by their index

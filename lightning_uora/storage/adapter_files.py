@@ -19,12 +19,18 @@ from lightning_uora.adapters import (
     OWNER,
     Attachment,
     Selection,
+    activated,
+    adapter_names,
     attach_to,
     attachment_of,
-    detach_uora,
     is_adapted,
     named_adapters,
     packed,
+    put_back,
+    put_off,
+    require_free,
+    settle_beside,
+    undo,
     unwrapped,
 )
 from lightning_uora.distributed import first_rank, is_sharded, whole
@@ -46,7 +52,10 @@ TENSOR_FILE = "uora_adapter.safetensors"
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, projections: Literal["record", "full"] = "record"
+    model: nn.Module,
+    directory: str | Path,
+    projections: Literal["record", "full"] = "record",
+    name: str | None = None,
 ) -> None:
     """Write an adapter as ``uora_config.json`` and ``uora_adapter.safetensors``.
 
@@ -60,6 +69,7 @@ def save_adapter(
         directory: Made if it does not exist.
         projections: ``"record"`` stores how A and B came about, a few bytes (and, with ``init="inputs"``, A
             in float16, which is exact); ``"full"`` stores them.
+        name: Of an adapter, with the heads that were trained with it; None: the one that computes.
 
     Raises:
         ValueError: The model is not adapted or not calibrated, holds several adapted models, or only a part
@@ -68,6 +78,11 @@ def save_adapter(
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
+    with activated(model, name):
+        _save(model, directory, projections)
+
+
+def _save(model: nn.Module, directory: str | Path, projections: Literal["record", "full"]) -> None:
     one = seen_from(model)
     owner = one.owner
     owner.require_calibrated("saving an adapter")
@@ -143,18 +158,25 @@ def seen_from(model: nn.Module) -> Attachment:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, base_mismatch: Mismatch = "error", *, head: bool = True
+    model: nn.Module,
+    directory: str | Path,
+    base_mismatch: Mismatch = "error",
+    *,
+    name: str = "default",
+    head: bool = True,
 ) -> list[str]:
-    """Adapt a plain model as a saved adapter says, and load it. After an error the model is as it was.
+    """Adapt a model as a saved adapter says, and load it. After an error the model is as it was.
 
-    The adapter may have been saved from a module around the model, or from a part of it: the names are
+    A second one comes beside those that are there, under a name of its own, and computes from then on. The
+    adapter may have been saved from a module around the model, or from a part of it: the names are
     matched, and a warning says how.
 
     Args:
-        model: The base, not adapted; any device and dtype.
+        model: The base, any device and dtype.
         directory: What :func:`save_adapter` wrote.
         base_mismatch: ``"warn"`` loads onto another base with a warning, and leaves a head aside that does
             not fit.
+        name: What to call it here.
         head: False leaves the head that was trained with the adapter aside; the model's own trains.
 
     Returns:
@@ -166,8 +188,36 @@ def load_adapter(
             base; its head does not fit.
     """
     manifest, tensors = read(directory)
-    if is_adapted(model):
-        raise ValueError("model is adapted already; call detach_uora(model) first, or use another copy.")
+    if not is_adapted(model):
+        require_free(model, name)
+        return _load(model, manifest, tensors, base_mismatch, head, name)
+    if name in adapter_names(model):
+        raise ValueError(
+            f"model is adapted already, by {name!r}; give this adapter another name=, remove that one, or "
+            "call detach_uora(model) first."
+        )
+    require_free(model, name)
+    one = attachment_of(model, "load_adapter")
+    before, root, kept = one.owner.name, one.root, one.owner.requires_grad_before
+    put_off(one)
+    try:
+        names = _load(model, manifest, tensors, base_mismatch, head, name, beside=root)
+    except BaseException:
+        put_back(root, before)
+        raise
+    attachment_of(root, "load_adapter").owner.requires_grad_before = kept
+    return names
+
+
+def _load(
+    model: nn.Module,
+    manifest: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base_mismatch: Mismatch,
+    head: bool,
+    called: str,
+    beside: nn.Module | None = None,
+) -> list[str]:
     config = config_of(manifest)
     place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
     manifest = {
@@ -181,15 +231,23 @@ def load_adapter(
     chosen = Selection(
         tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
     )
+    if beside is not None and place.root is not beside:
+        raise ValueError(
+            "the adapter was saved from another part of the model than the adapters that are here; load it "
+            "into a model without them."
+        )
     attach_to(place.root, config, chosen)
     one = attachment_of(place.root, "load_adapter")
+    one.owner.name = called
     try:
+        if beside is not None:
+            settle_beside(one, called)
         restore(one, manifest, tensors, base_mismatch, place.aside)
     except BaseException:
-        detach_uora(place.root)
+        undo(one)
         raise
     if place.said and first_rank():
-        warnings.warn(place.said, stacklevel=2)
+        warnings.warn(place.said, stacklevel=3)
     return [name for name, _ in named_adapters(model)]
 
 

@@ -1,0 +1,298 @@
+"""Several adapters on one base: one computes, the others wait, and each comes back as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_uora import (
+    ReinitSchedule,
+    UORAConfig,
+    adapter_names,
+    add_adapter,
+    attach_uora,
+    detach_uora,
+    load_adapter,
+    named_adapters,
+    refresh,
+    remove_adapter,
+    save_adapter,
+    set_adapter,
+    summarize,
+)
+from lightning_uora.adapters.names import SHELF
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 7))
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+X = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+CONFIG = UORAConfig(rank=4, target_modules=["body.0", "body.2"])
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def train(model: nn.Module, steps: int = 3, seed: int = 0) -> Tensor:
+    """A few steps of AdamW on what wants gradients; the output after them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    goal = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(X) - goal).square().mean().backward()
+        optimizer.step()
+    return model(X).detach()
+
+
+def two() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model with two trained adapters, and what each puts out."""
+    model = net()
+    attach_uora(model, CONFIG)
+    outputs = {"default": train(model, seed=1)}
+    assert add_adapter(model, "second") == ["body.0", "body.2"]
+    outputs["second"] = train(model, seed=2)
+    return model, outputs
+
+
+def test_each_adapter_with_its_head_computes_when_it_is_set():
+    model, outputs = two()
+    assert adapter_names(model) == ["default", "second"]
+    for name in ("default", "second", "second", "default"):
+        set_adapter(model, name)
+        assert torch.equal(model(X), outputs[name])
+    assert not torch.equal(outputs["default"], outputs["second"])
+
+
+def test_a_fresh_one_changes_nothing_and_trains_alone():
+    """Its head starts as a copy; those that wait get no gradient and do not move."""
+    model = net()
+    attach_uora(model, CONFIG)
+    before = train(model)
+    waiting = [v.detach().clone() for _, m in named_adapters(model) for v in (m.uora_d, m.uora_b)]
+    add_adapter(model, "fresh")
+    with torch.no_grad():
+        assert torch.equal(model(X), model.head(model.body(X)))
+    for _, module in named_adapters(model):
+        assert not module.uora_b.any()
+    train(model, seed=5)
+    set_adapter(model, "default")
+    now = [v for _, m in named_adapters(model) for v in (m.uora_d, m.uora_b)]
+    assert all(torch.equal(a, b) for a, b in zip(waiting, now, strict=True))
+    assert torch.equal(model(X), before)
+
+
+def test_an_optimizer_finds_its_parameters_again():
+    """The very same objects come back, so a run that was interrupted by another goes on."""
+    model = net()
+    attach_uora(model, CONFIG)
+    alone = copy.deepcopy(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, other = (
+        torch.optim.AdamW(ps, lr=0.05)
+        for ps in (parameters, [p for p in alone.parameters() if p.requires_grad])
+    )
+    for step in range(4):
+        if step == 2:
+            add_adapter(model, "between")
+            train(model, seed=9)
+            set_adapter(model, "default")
+            assert [id(p) for p in model.parameters() if p.requires_grad] == list(map(id, parameters))
+        for one, its in ((model, optimizer), (alone, other)):
+            its.zero_grad()
+            one(X).square().mean().backward()
+            its.step()
+    assert torch.equal(model(X), alone(X))
+
+
+def test_the_state_dict_of_one_adapter_is_as_ever_and_of_two_comes_back():
+    one = net()
+    attach_uora(one, CONFIG)
+    plain = list(one.state_dict())
+    model, outputs = two()
+    twin = net()
+    attach_uora(twin, CONFIG)
+    add_adapter(twin, "second")
+    twin.load_state_dict(model.state_dict())
+    for name, wanted in outputs.items():
+        set_adapter(twin, name)
+        assert torch.equal(twin(X), wanted)
+    remove_adapter(twin, "default")
+    assert list(twin.state_dict()) == plain
+    assert adapter_names(twin) == ["second"]
+
+
+def test_a_and_b_are_one_memory_for_equal_draws_also_after_a_cast():
+    model, outputs = two()
+
+    def memories() -> set[int]:
+        every = model.named_buffers(remove_duplicate=False)
+        found = [b for n, b in every if n.endswith(("A_7", "B_6", "A_6", "B_7"))]
+        assert len(found) == 8
+        return {b.data_ptr() for b in found}
+
+    assert len(memories()) == 4
+    model.double()
+    assert len(memories()) == 4
+    for name in outputs:
+        set_adapter(model, name)
+        assert {v.dtype for _, m in named_adapters(model) for v in (m.uora_d, m.uora_b)} == {torch.float32}
+        torch.testing.assert_close(model(X.double()).float(), outputs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_other_ranks_seeds_and_layers_stand_side_by_side():
+    model, outputs = two()
+    base = [p.detach().clone() for p in net().body.parameters()]
+    names = add_adapter(model, "wide", UORAConfig(rank=9, target_modules=["body.2"], seed=7))
+    assert names == ["body.2"]
+    outputs["wide"] = train(model, seed=4)
+    assert {m.uora_d.numel() for _, m in named_adapters(model)} == {9}
+    for name, wanted in outputs.items():
+        set_adapter(model, name)
+        assert torch.equal(model(X), wanted)
+    set_adapter(model, "wide")
+    detach_uora(model)
+    assert SHELF not in model._modules
+    assert all(torch.equal(a, b) for a, b in zip(base, model.body.parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("uora" in key for key in model.state_dict())
+
+
+def test_refreshed_rows_belong_to_their_adapter():
+    model, _ = two()
+    refresh(model, ReinitSchedule(threshold=9.0, max_fraction=0.5))
+    refreshed = model(X).detach()
+    set_adapter(model, "default")
+    untouched = model(X).detach()
+    set_adapter(model, "second")
+    assert torch.equal(model(X), refreshed)
+    fresh, outputs = two()
+    set_adapter(fresh, "default")
+    assert torch.equal(untouched, outputs["default"])
+
+
+def test_none_is_the_base_until_one_is_set_again():
+    model, outputs = two()
+    set_adapter(model, None)
+    set_adapter(model, None)
+    with torch.no_grad():
+        hidden = net().body(X)
+        assert torch.equal(model(X), model.head(hidden))
+    set_adapter(model, "second")
+    assert torch.equal(model(X), outputs["second"])
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_each_is_saved_by_its_name_and_loads_beside_others(tmp_path, name: str):
+    model, outputs = two()
+    save_adapter(model, tmp_path / name, name=name)
+    assert adapter_names(model) == ["default", "second"]
+    assert torch.equal(model(X), outputs["second"])  # what computes is what computed
+    fresh = net()
+    load_adapter(fresh, tmp_path / name)
+    assert torch.equal(fresh(X), outputs[name])
+    assert load_adapter(model, tmp_path / name, name="third") == ["body.0", "body.2"]
+    assert adapter_names(model) == ["default", "second", "third"]
+    assert torch.equal(model(X), outputs[name])
+    for one, wanted in outputs.items():
+        set_adapter(model, one)
+        assert torch.equal(model(X), wanted)
+
+
+def test_copies_and_pickles_carry_all_of_them():
+    model, outputs = two()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for name in ("default", "second"):
+            set_adapter(twin, name)
+            assert torch.equal(twin(X), outputs[name])
+    assert torch.equal(model(X), outputs["second"])
+
+
+def test_merging_takes_the_one_that_computes():
+    model, outputs = two()
+    set_adapter(model, "default")
+    detach_uora(model, merge=True)
+    torch.testing.assert_close(model(X), outputs["default"])
+    assert adapter_names(model) == []
+
+
+def test_what_is_not_trainable_wants_no_gradient_and_the_table_counts_one():
+    model, _ = two()
+    count = summarize(model).adapter_params
+    add_adapter(model, "still", trainable=False)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert summarize(model).adapter_params == count
+
+
+def broken(tmp_path: Any) -> Any:
+    model, _ = two()
+    save_adapter(model, tmp_path)
+    (tmp_path / "uora_config.json").write_text("{")
+    return tmp_path
+
+
+WRONG = {
+    "unknown": (lambda m, t: set_adapter(m, "defalt"), "called 'defalt'; near misses: 'default'"),
+    "far off": (lambda m, t: set_adapter(m, "xyz"), "there are: 'default', 'second'"),
+    "twice": (lambda m, t: add_adapter(m, "second"), "an adapter 'second' is there already"),
+    "dot": (lambda m, t: add_adapter(m, "a.b"), "has no dot"),
+    "in use": (lambda m, t: remove_adapter(m, "second"), "is the adapter in use"),
+    "remove unknown": (lambda m, t: remove_adapter(m, "first"), "no adapter is called 'first'"),
+    "targets": (
+        lambda m, t: add_adapter(m, "third", UORAConfig(4, ["nothing"])),
+        "matches no module",
+    ),
+    "save unknown": (lambda m, t: save_adapter(m, t, name="no"), "no adapter is called 'no'"),
+    "load in use": (lambda m, t: load_adapter(m, saved(t), name="second"), "is adapted already, by 'second'"),
+    "load damaged": (lambda m, t: load_adapter(m, broken(t), name="third"), "is damaged"),
+    "load another base": (lambda m, t: load_adapter(m, foreign(t), name="third"), "another base"),
+}  # fmt: skip
+
+
+def saved(folder: Any) -> Any:
+    model, _ = two()
+    save_adapter(model, folder)
+    return folder
+
+
+def foreign(folder: Any) -> Any:
+    torch.manual_seed(9)
+    model = Net()
+    attach_uora(model, CONFIG)
+    train(model)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_cannot_be_is_one_line_and_changes_nothing(tmp_path, kind: str):
+    model, outputs = two()
+    keys, wanting = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    do, message = WRONG[kind]
+    with pytest.raises(ValueError, match=message) as raised:
+        do(model, tmp_path)
+    assert "\n" not in str(raised.value)
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == wanting
+    for name, wanted in [*outputs.items()][::-1]:
+        set_adapter(model, name)
+        assert torch.equal(model(X), wanted)
+
+
+def test_a_plain_model_has_none():
+    assert adapter_names(net()) == []
+    with pytest.raises(ValueError, match="holds no adapted model"):
+        add_adapter(net(), "x")

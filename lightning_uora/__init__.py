@@ -17,6 +17,7 @@ from lightning_uora.adapters import (
     param_groups,
     remove_adapter,
     set_adapter,
+    use_adapters,
 )
 from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.inputs import calibrate
@@ -54,6 +55,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "summarize",
+    "use_adapters",
 ]
 
 

@@ -18,6 +18,7 @@ from lightning_uora.adapters import named_adapters
 from lightning_uora.config import INITS, UORAConfig
 from lightning_uora.reports import contents, inspect_model, model_on_meta
 from lightning_uora.storage import (
+    by_parameter,
     detached_state,
     is_adapter_folder,
     known_targets,
@@ -293,6 +294,9 @@ def _export(chosen: argparse.Namespace) -> None:
     heads = _trained_modules(adapters, trained, state)
     saved = tuple(f"{head}." for head in heads)
     known = [name.removeprefix(path) for name in (*inner, *manifest["base"]) if name.startswith(path)]
+    mixture = any(".experts." in f".{name}" for name in known)
+    parameters = by_parameter(layers, mixture) if chosen.format == "lora" else {}
+    plain_targets = [name for name in adapters if name not in parameters]
     loss = write_peft(
         adapters,
         layers,
@@ -302,7 +306,8 @@ def _export(chosen: argparse.Namespace) -> None:
         chosen.format,
         chosen.base_model,
         chosen.max_rank,
-        known_targets(adapters, {name.rpartition(".")[0] for name in known}),
+        known_targets(plain_targets, {name.rpartition(".")[0] for name in known} | set(parameters)),
+        mixture=mixture,
     )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if loss is not None:

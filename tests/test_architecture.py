@@ -46,8 +46,9 @@ INSIDE = {
     "reports": (("contents", "figures", "inspection", "meta_models", "progress", "report"), ("step_peak",)),
     "reinit": (("schedule",), ("refresh",), ("growth", "known_rows"), ("weakness", "rotation")),
     "adapters": (
-        ("several",),
+        ("several", "mixing"),
         ("attach",),
+        ("shelf",),
         ("resizing",),
         ("attachments", "targets", "specialise"),
         ("forms", "roles", "own_layers", "passing", "wrong_targets", "experts"),

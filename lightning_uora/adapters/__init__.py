@@ -26,6 +26,7 @@ from lightning_uora.adapters.experts import AdaptedExperts
 from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part, key_of
 from lightning_uora.adapters.layers import AdaptedModule, facts
+from lightning_uora.adapters.mixing import use_adapters
 from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
 from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
@@ -38,18 +39,15 @@ from lightning_uora.adapters.projections import (
 )
 from lightning_uora.adapters.roles import find_heads
 from lightning_uora.adapters.several import (
-    activated,
-    adapter_names,
     add_adapter,
-    put_back,
-    put_off,
     remove_adapter,
     require_free,
     set_adapter,
     settle_beside,
     undo,
 )
-from lightning_uora.adapters.stacked import active_experts, named_layers
+from lightning_uora.adapters.shelf import activated, adapter_names, put_back, put_off, shelf_of
+from lightning_uora.adapters.stacked import active_experts, has_experts, named_layers
 from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
 __all__ = [
@@ -77,6 +75,7 @@ __all__ = [
     "factored_flops",
     "facts",
     "find_heads",
+    "has_experts",
     "is_adapted",
     "is_offloaded",
     "is_opaque",
@@ -104,11 +103,13 @@ __all__ = [
     "set_adapter",
     "settle_",
     "settle_beside",
+    "shelf_of",
     "trained_as_they_are",
     "trained_names",
     "trained_parameters",
     "undo",
     "unpacked",
     "unwrapped",
+    "use_adapters",
     "vectors_in",
 ]

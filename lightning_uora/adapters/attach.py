@@ -31,6 +31,7 @@ from lightning_uora.adapters.offloaded import is_offloaded, runs_on
 from lightning_uora.adapters.opaque import dtype_of, is_opaque, plain_linear, tensors_of
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
+from lightning_uora.adapters.shelf import require_in_use, switch
 from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import home, named_layers
 from lightning_uora.adapters.targets import Selection, select
@@ -135,8 +136,12 @@ def _keys() -> Iterator[str]:
     yield from (f"{OWNER}_{number}" for number in itertools.count(2))
 
 
-def detach_uora(model: nn.Module, merge: bool = False, dequantize: bool = False) -> None:
+def detach_uora(
+    model: nn.Module, merge: bool = False, dequantize: bool = False, name: str | None = None
+) -> None:
     """Undo :func:`attach_uora`: classes, state-dict keys and ``requires_grad`` are exactly as before.
+
+    Of several adapters all go.
 
     Args:
         model: The adapted model, or any module around it (all adapted roots in it) or part of it (the
@@ -146,11 +151,14 @@ def detach_uora(model: nn.Module, merge: bool = False, dequantize: bool = False)
             is theirs as it was; the merged one becomes the adapted module's own.
         dequantize: With ``merge``, put a plain ``nn.Linear`` in the place of every adapted quantised layer,
             in the dtype that its weight stands for: an update would be lost in the rounding of the quantised.
+        name: Of the adapter whose update is merged and whose heads stay; None: the one that computes.
 
     Raises:
         ValueError: The model is not adapted, or is sharded, or a merged weight is not finite (it names the
             module), or an adapted layer is quantised and ``dequantize`` is False.
     """
+    if name is not None:
+        switch(model, name)
     found = require_attachments(model, "detach_uora")
     if is_sharded(model):
         raise ValueError(
@@ -251,11 +259,20 @@ def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
                 parameter.copy_(weight)
 
 
-def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+def named_adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, AdaptedModule]]:
     """(module name, adapted module) in model order; names are without what wrappers add.
 
     Each module has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
+
+    Args:
+        model: Any module.
+        name: Of the adapter that computes (None: whichever that is): one that waits has no modules.
+
+    Raises:
+        ValueError: Another adapter computes, or none is called so.
     """
+    if name is not None:
+        require_in_use(model, name)
     yield from ((name, m) for name, m in named_modules(model).items() if isinstance(m, AdaptedModule))
 
 

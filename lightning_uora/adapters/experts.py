@@ -97,6 +97,12 @@ class AdaptedExperts(AdaptedModule):
         if W.numel() != part.experts * part.m * part.n and not adapter.sharded:
             self._uora_refuse_shape(name, W)
         adapter.base[name] = W
+        if self.uora_d.is_meta and not W.is_meta:
+            raise ValueError(
+                f"experts {adapter.owner.adapted[adapter.index]!r} were offloaded after their adapter was "
+                "attached, and its vectors are gone from here; attach (or load) it after dispatch_model and "
+                "cpu_offload."
+            )
         read = ExpertsWeight(self, W, None, part.transposed)
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return read.built()  # a stand-in is nothing that a compiler knows

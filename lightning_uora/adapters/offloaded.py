@@ -137,6 +137,7 @@ def with_forward(module: nn.Module, before: type[nn.Module]) -> None:
         module: The module, of its new class.
         before: The class that it had. What is no forward of that one is left alone.
     """
-    kept = module.__dict__.get(KEPT_FORWARD)
-    if isinstance(kept, types.MethodType) and kept.__func__ is before.forward:
-        module.__dict__[KEPT_FORWARD] = types.MethodType(type(module).forward, module)
+    for key in (KEPT_FORWARD, "forward"):  # where a hook was removed, it has left the forward it kept
+        kept = module.__dict__.get(key)
+        if isinstance(kept, types.MethodType) and kept.__func__ is before.forward:
+            module.__dict__[key] = types.MethodType(type(module).forward, module)

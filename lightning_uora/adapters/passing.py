@@ -10,7 +10,7 @@ from torch import nn
 from lightning_uora.adapters.kinds import is_supported
 from lightning_uora.adapters.names import named_parameters
 from lightning_uora.adapters.opaque import is_quantised
-from lightning_uora.adapters.stacked import routers
+from lightning_uora.adapters.stacked import routers, stacks_in
 from lightning_uora.config import PRESETS
 
 __all__ = ["frozen_parts", "passed_by", "tied_beyond"]
@@ -82,7 +82,7 @@ def passed_by(
     presets = [target for target in targets if target in ("all-linear", "all")]
     blocks = {match.group() for name in adapted if (match := re.match(r".*\.\d+\.", f"{name}."))}
     elsewhere = tuple(f"{name}." for name in others)
-    if not presets or not blocks:
+    if not presets:
         return
     sizes = [
         sum(p.numel() for p in modules[name].parameters(recurse=False) if p.dim() > 1) for name in adapted
@@ -90,7 +90,7 @@ def passed_by(
     found: dict[str, int] = {}
     choosing = routers(modules)
     for name, module in modules.items():
-        path = f"{name}."
+        path = f"{name}." if name else ""
         if (
             name in choosing
             or is_supported(module)
@@ -100,8 +100,9 @@ def passed_by(
             continue
         for leaf, p in module.named_parameters(recurse=False):
             weight = sum(size > 1 for size in p.shape) > 1 and 2 * p.numel() >= min(sizes)
+            anywhere = leaf in stacks_in(module)
             taken = f"{path}{leaf}".lstrip(".") in adapted or SMALL.search(leaf)
-            if weight and not taken and any(path.startswith(block) for block in blocks):
+            if weight and not taken and (anywhere or any(path.startswith(block) for block in blocks)):
                 place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{path}{leaf}")[1:]
                 found[place] = found.get(place, 0) + p.numel()
     if found:
@@ -109,5 +110,5 @@ def passed_by(
         yield (
             f"target_modules={presets[0]!r} passes by {', '.join(map(repr, found))}: {share:.0%} of the "
             "weights in the blocks that it adapts are in no layer of a kind that can be adapted, and stay "
-            "frozen."
+            "frozen. (Of experts, is_transposed on their module says which axis is which.)"
         )

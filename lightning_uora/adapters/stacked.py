@@ -11,7 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_uora.adapters.names import named_modules
 from lightning_uora.adapters.opaque import is_quantised
 
-__all__ = ["Experts", "active_experts", "home", "named_layers", "routers", "stacks_in", "unreadable"]
+__all__ = ["Experts", "active_experts", "has_experts", "home", "named_layers", "routers", "stacks_in"]
+__all__ += ["unreadable"]
 
 # Note [Experts as layers]
 # transformers keeps the experts of a block in parameters of three axes, `experts.gate_up_proj` (E, m, n) and
@@ -23,7 +24,8 @@ __all__ = ["Experts", "active_experts", "home", "named_layers", "routers", "stac
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "n_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k", "topk")
 """What configurations call the number of experts that see one token."""
-UP, DOWN = ("gate_up_proj", "up_proj", "gate_proj"), "down_proj"
+UP = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "wi", "fc1", "up", "w_in")
+DOWN = ("down_proj", "w2", "wo", "fc2", "down", "w_out")
 
 
 class Experts(nn.Module):
@@ -58,6 +60,11 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
             if leaf not in module._modules:
                 found[name] = Experts(module, leaf)
     return found
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model has experts, adapted or not."""
+    return any(stacks_in(module) for module in model.modules())
 
 
 def routers(modules: dict[str, nn.Module]) -> set[str]:
@@ -108,7 +115,7 @@ def _holds_experts(module: nn.Module, stack: Tensor) -> bool:
 def _by_sizes(shapes: dict[str, tuple[int, ...]]) -> bool | None:
     """Transposed or not, by the sizes of an up and a down projection; None where both or neither fit."""
     up = next((shapes[name] for name in UP if name in shapes), None)
-    down = shapes.get(DOWN)
+    down = next((shapes[name] for name in DOWN if name in shapes), None)
     if up is None or down is None:
         return None
     plain = up[2] == down[1] and up[1] in (down[2], 2 * down[2])

@@ -92,9 +92,12 @@ class ExpertsWeight:
         """As of a tensor."""
         return self.t() if self._base.dim() == 2 else self.built().T
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As of a tensor."""
-        return self._like(self._base.to(*args, **kwargs), self._swapped)
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a tensor; on another device it is one."""
+        moved = self._base.to(*args, **kwargs)
+        if moved.device == self._base.device:
+            return self._like(moved, self._swapped)
+        return moved if moved.is_meta else self.built().to(*args, **kwargs)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> Self:
         """As of a tensor."""
@@ -118,7 +121,7 @@ class ExpertsWeight:
     def built(self) -> Tensor:
         """The effective weight as a tensor, differentiable."""
         layer = self._layer
-        if layer.off:
+        if layer.off or self._base.is_meta:  # offloaded: a hook looks at it
             return self._base
         layer.warn_of_dropout()
         part, *sources = layer.picked(self._index)

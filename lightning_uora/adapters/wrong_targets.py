@@ -63,7 +63,8 @@ def nothing_inside(modules: dict[str, nn.Module], found: Sequence[str]) -> str:
         dims = module.get_parameter(stacked[0]).dim()
         return (
             f"{what} whose weights are bare parameters of {dims} axes ({', '.join(stacked[:SHOWN])}), which "
-            f"UORA does not adapt; it adapts {SUPPORTED}."
+            "UORA does not adapt. Where they are experts, set num_experts and is_transposed on that module "
+            f"(False: experts, outputs, inputs). It adapts {SUPPORTED}."
         )
     return f"{what}; UORA adapts {SUPPORTED}."
 

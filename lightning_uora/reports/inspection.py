@@ -162,7 +162,7 @@ class Inspection:
             f"refreshes: about {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
             f"{_bytes(t['training_state_bytes'])}, kept for backward {_bytes(t['activation_bytes'])}"
         )
-        how = f" with its linear layers but heads in {self.quantize}" if self.quantize else ""
+        how = f" with its linear layers but heads (no experts) in {self.quantize}" if self.quantize else ""
         yield f"the frozen base itself: {_bytes(t['base_bytes'])}{how}"
         if self.peak_bytes is not None:
             yield f"peak of a training step, all in all: about {_bytes(self.peak_bytes)} (no checkpointing)"

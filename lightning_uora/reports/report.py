@@ -13,6 +13,8 @@ from torch import nn
 
 from lightning_uora.adapters import (
     Attachment,
+    activated,
+    adapter_names,
     attachments,
     named_adapters,
     named_modules,
@@ -51,6 +53,7 @@ class Summary:
             numbers.
         left: Your own layers that stay frozen at their random start.
         kept: Parts that you froze and that stay as they are.
+        waiting: Other adapters on the model, which do not compute.
     """
 
     adapter_params: int
@@ -60,6 +63,7 @@ class Summary:
     trained: tuple[tuple[str, int], ...] = ()
     left: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
 
     @property
     def trainable_fraction(self) -> float:
@@ -96,6 +100,8 @@ class Summary:
             table.add_row(f"frozen at their start: {', '.join(self.left)}", "", "", "0")
         if self.kept:
             table.add_row(f"left as you froze it: {', '.join(self.kept)}", "", "", "0")
+        if self.waiting:
+            table.add_row(f"other adapters, waiting: {', '.join(self.waiting)}", "", "", "0")
         return table
 
     def __str__(self) -> str:
@@ -129,8 +135,18 @@ def grouped(layers: Sequence[tuple[str, T]]) -> tuple[str, dict[tuple[str, T], i
     }
 
 
-def summarize(model: nn.Module) -> Summary:
-    """Count what trains. Works for a model without adapters too (then ``layers`` is empty)."""
+def summarize(model: nn.Module, name: str | None = None) -> Summary:
+    """Count what trains. Works for a model without adapters too (then ``layers`` is empty).
+
+    Args:
+        model: Any module.
+        name: Of an adapter; None: the one that computes. The others are listed.
+    """
+    with activated(model, name):
+        return _summary(model)
+
+
+def _summary(model: nn.Module) -> Summary:
     layers = []
     for name, module in named_adapters(model):
         parts = module.adapted_parts
@@ -147,7 +163,12 @@ def summarize(model: nn.Module) -> Summary:
         trained=tuple((name, sum(p.numel() for p in found)) for name, found in trained_parts(model).items()),
         left=tuple(name for one in found for name in _still_left(model, one)),
         kept=tuple(f"{one.prefix}{name}" for one in found for name in one.owner.kept),
+        waiting=tuple(n for n in _names(model, found) if n != found[0].owner.name),
     )
+
+
+def _names(model: nn.Module, found: list[Attachment]) -> list[str]:
+    return adapter_names(model) if len(found) == 1 and found[0].key is not None else []
 
 
 def _still_left(model: nn.Module, one: Attachment) -> list[str]:

@@ -11,10 +11,11 @@ from lightning_uora.storage.folders import is_adapter_folder, what_folder
 from lightning_uora.storage.manifest import manifests_of
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton
 from lightning_uora.storage.peft import export_peft, write_peft
-from lightning_uora.storage.peft_names import known_targets
+from lightning_uora.storage.peft_names import by_parameter, known_targets
 
 __all__ = [
     "CheckpointHooks",
+    "by_parameter",
     "detached_state",
     "export_peft",
     "is_adapter_folder",

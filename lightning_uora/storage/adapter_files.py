@@ -30,6 +30,7 @@ from lightning_uora.adapters import (
     put_off,
     require_free,
     settle_beside,
+    shelf_of,
     undo,
     unwrapped,
 )
@@ -205,7 +206,9 @@ def load_adapter(
     except BaseException:
         put_back(root, before)
         raise
-    attachment_of(root, "load_adapter").owner.requires_grad_before = kept
+    new = attachment_of(root, "load_adapter")
+    new.owner.requires_grad_before = kept
+    shelf_of(new).share()
     return names
 
 

@@ -14,9 +14,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_uora.adapters import (
-    AdaptedExperts,
     AdaptedModule,
+    activated,
     facts,
+    has_experts,
     key_of,
     named_adapters,
     named_modules,
@@ -30,6 +31,7 @@ from lightning_uora.storage.low_rank import Loss
 from lightning_uora.storage.peft_formats import USE_MERGE, lora, require_told_apart, vera
 from lightning_uora.storage.peft_names import (
     HEADS,
+    by_parameter,
     known_targets,
     model_facts,
     saved_whole,
@@ -52,6 +54,7 @@ def export_peft(
     format: Literal["lora", "vera"] = "lora",
     base_model_name_or_path: str | None = None,
     max_rank: int | None = None,
+    name: str | None = None,
 ) -> None:
     """Write a folder that ``peft.PeftModel.from_pretrained(base, directory)`` loads with equal outputs.
 
@@ -69,6 +72,7 @@ def export_peft(
         max_rank: For ``"lora"``: layers with a higher rank are replaced by their best approximation of this
             rank. That is exact where the layer has no more inputs or outputs. Else the relative error of the
             updates is warned about if it is above 1e-3 in any layer, and logged if not. None: exact.
+        name: Of an adapter; None: the one that computes.
 
     Raises:
         ValueError: The model is not adapted or not calibrated, or holds what the format cannot say exactly;
@@ -77,7 +81,17 @@ def export_peft(
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
     """
-    model = unwrapped(model)
+    with activated(model, name):
+        _export(unwrapped(model), directory, format, base_model_name_or_path, max_rank)
+
+
+def _export(
+    model: nn.Module,
+    directory: str | Path,
+    format: Literal["lora", "vera"],
+    base_model_name_or_path: str | None,
+    max_rank: int | None,
+) -> None:
     adapters = dict(named_adapters(model))
     if not adapters:
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")
@@ -92,9 +106,11 @@ def export_peft(
     task, saved = _task_and_saved(model, adapters)
     left = {name: module for name, module in adapters.items() if not _inside(name, saved)}
     _require_one_place(model, left)
+    layers, mixture = {name: facts(module) for name, module in left.items()}, has_experts(model)
+    parameters = by_parameter(layers, mixture) if format == "lora" else {}
     loss = write_peft(
         left,
-        {name: facts(module) for name, module in left.items()},
+        layers,
         saved,
         {name: value for head in saved for name, value in _whole_state(model, head).items()},
         directory,
@@ -102,13 +118,14 @@ def export_peft(
         base_model_name_or_path,
         max_rank,
         shortest_targets(
-            [name for name, module in left.items() if not isinstance(module, AdaptedExperts)],
+            [name for name in left if name not in parameters],
             [plain(name) for name, _ in model.named_modules()],
         ),
         model_facts(model, task),
+        mixture,
     )
     if loss is not None and loss.worst > NOTABLE:
-        warnings.warn(str(loss), stacklevel=2)
+        warnings.warn(str(loss), stacklevel=3)
     elif loss is not None:
         logging.getLogger(__name__).info(str(loss))
 
@@ -124,6 +141,7 @@ def write_peft(
     max_rank: int | None = None,
     targets: list[str] | str | None = None,
     about: dict[str, object] | None = None,
+    mixture: bool = False,
 ) -> Loss | None:
     """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on.
 
@@ -138,6 +156,7 @@ def write_peft(
         max_rank: Of the factors.
         targets: PEFT's ``target_modules``; None: from the names that are known here.
         about: What the configuration tells of the model: ``task_type`` and ``auto_mapping``.
+        mixture: Whether the model has experts, adapted or not, see Note [Dense layers beside experts].
 
     Returns:
         What ``max_rank`` loses; None without it.
@@ -155,10 +174,9 @@ def write_peft(
         tensors, settings, loss = *vera(adapters, layers), None
     else:
         tensors, settings, loss = lora(adapters, layers, max_rank)
-    stacked = [name for name in adapters if layers[name].get("experts")]
-    names = [name for name in adapters if name not in stacked]
+    parameters = by_parameter(layers, mixture) if format == "lora" else {}
     if targets is None:
-        targets = known_targets(names, [*heads, *stacked])
+        targets = known_targets([name for name in adapters if name not in parameters], heads)
     config = {
         **(about or {"task_type": None}),
         **version_fact(),
@@ -170,7 +188,7 @@ def write_peft(
         "inference_mode": True,
         "modules_to_save": topmost(heads) or None,
         "target_modules": targets or None,
-        **({"target_parameters": stacked} if stacked else {}),
+        **({"target_parameters": list(parameters.values())} if parameters else {}),
         **settings,
     }
     tensors |= {f"base_model.model.{name}": value for name, value in trained.items()}
@@ -264,7 +282,7 @@ def _heads(model: nn.Module) -> list[str]:
         warnings.warn(
             "PEFT's format has no place for BatchNorm statistics; if training moved them, outputs will "
             "differ.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return list(heads)
 

@@ -66,7 +66,7 @@ def lora(
         warnings.warn(
             f"the exported LoRA has rank {rank}, and vLLM takes at most {SERVED}; max_rank={SERVED} (`uora "
             f"export --max-rank {SERVED}`) writes the best approximation and tells its error.",
-            stacklevel=4,
+            stacklevel=5,
         )
     own = {f"^{re.escape(name)}": size for name, size in ranks.items() if size != rank}
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}

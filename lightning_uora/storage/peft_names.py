@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from lightning_uora.adapters import plain
 
-__all__ = ["HEADS", "known_targets", "model_facts", "saved_whole", "shortest_targets", "task_type", "topmost"]
-__all__ += ["version_fact"]
+__all__ = ["HEADS", "by_parameter", "known_targets", "model_facts", "saved_whole", "shortest_targets"]
+__all__ += ["task_type", "topmost", "version_fact"]
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -64,6 +65,27 @@ def version_fact() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         return {}
     return {"peft_version": version} if [int(n) for n in version.split(".")[:2]] >= [0, 18] else {}
+
+
+# Note [Dense layers beside experts]
+# PEFT 0.21 takes the names that mixtures of experts once had for their experts' weights (`down_proj`, `w1`)
+# for what they are called now, wherever they stand: also of a dense or shared MLP. Such a layer is told by
+# the name of its parameter, which PEFT leaves alone.
+
+ONCE_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def by_parameter(layers: Mapping[str, Mapping[str, Any]], mixture: bool) -> dict[str, str]:
+    """PEFT's ``target_parameters`` by layer: experts, and what stands beside them under their old names.
+
+    Args:
+        layers: The facts of each.
+        mixture: Whether the model is known to have experts. See Note [Dense layers beside experts].
+    """
+    stacked = [name for name, layer in layers.items() if layer.get("experts")]
+    dense = [n for n in layers if n not in stacked and n.rpartition(".")[2] in ONCE_EXPERTS]
+    beside = {name: f"{name}.weight" for name in dense} if mixture or stacked else {}
+    return {name: beside.get(name, name) for name in layers if name in stacked or name in beside}
 
 
 # Note [How PEFT matches names]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_uora import (
     ReinitSchedule,
@@ -35,6 +36,7 @@ from lightning_uora import (
 from lightning_uora.adapters.by_row import delta_by_row
 from lightning_uora.adapters.experts import AdaptedExperts
 from lightning_uora.adapters.stand_in import ExpertsWeight
+from lightning_uora.cli import main
 from tests.experts_runs import adapted, look
 from tests.sweep import transformers_models
 
@@ -334,6 +336,56 @@ def test_peft_loads_the_export_with_equal_outputs(tmp_path, kind: str, max_rank:
     attach_uora(base, UORAConfig(4, ["experts.down_proj"], trainable_modules=()))
     with pytest.raises(ValueError, match="holds experts, which PEFT's VeRA does not know"):
         export_peft(base, tmp_path / "vera", format="vera")
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 12}
+SMALL |= {"num_experts_per_tok": 2}
+
+
+def beside(kind: str) -> nn.Module:
+    """Mixtures with dense or shared MLPs, whose layers are called as experts once were."""
+    torch.manual_seed(0)
+    if kind == "dense":
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, num_experts=4, mlp_only_layers=[0])).eval()
+    shared = {"shared_expert_intermediate_size": 16}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, **shared, num_experts=4)).eval()
+
+
+@pytest.mark.parametrize("target", ["all-linear", "down_proj"])
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_dense_layers_beside_experts_reach_peft_too(tmp_path, kind: str, target: str):
+    """PEFT takes their names for the experts'; so they go as parameters. From a folder as well."""
+    base = beside(kind)
+    if not any(p.dim() == 3 for p in base.parameters()):
+        pytest.skip("this version of transformers keeps experts as Linear layers")
+    model = copy.deepcopy(base)
+    attach_uora(model, UORAConfig(4, target, trainable_modules=()))
+    for _, module in named_adapters(model):
+        nn.init.normal_(module.uora_b, std=0.3)
+    export_peft(model, tmp_path / "out")
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "command")]) == 0
+    x = torch.randint(0, 50, (2, 5))
+    with torch.no_grad():
+        wanted, plain = model(x).logits, base(x).logits
+        for folder in ("out", "command"):
+            loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder).eval()
+            assert (loaded(x).logits - wanted).norm() < 1e-4 * (plain - wanted).norm()
+
+
+def test_experts_called_w1_and_w2_are_told_by_their_sizes():
+    model, _ = model_and_input()
+    experts = nn.Module()
+    experts.num_experts = 5
+    experts.w1, experts.w2 = nn.Parameter(torch.zeros(5, 12, 7)), nn.Parameter(torch.zeros(5, 7, 6))
+    model.experts = experts
+    assert attach_uora(model, UORAConfig(4, "experts", trainable_modules=())) == ["experts.w1", "experts.w2"]
+
+
+def test_experts_that_cannot_be_read_are_named_by_a_preset_outside_of_blocks_too():
+    with pytest.warns(UserWarning, match=r"passes by 'up'.*is_transposed on their module"):
+        assert attach_uora(Unclear(), UORAConfig(2, "all-linear", trainable_modules=())) == ["lin"]
 
 
 class Unclear(nn.Module):

@@ -136,6 +136,34 @@ def test_training_what_was_offloaded_after_attaching_is_refused_by_name(tmp_path
         model(X)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_hooks_that_are_removed_leave_a_model_that_detaches_and_merges(tmp_path, kind: str, merge: bool):
+    """Removing a hook leaves the forward that it kept on the instance, which is then the adapter's."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model = moved(offloaded("disk", tmp_path, kind))
+    wanted, plain = model(X).logits, base(kind)
+    remove_hook_from_submodules(model)
+    if any(p.is_meta for p in model.parameters()):
+        state = plain.state_dict()
+        for name, p in list(model.named_parameters()):
+            if p.is_meta:
+                path, _, leaf = name.rpartition(".")
+                dict(model.named_modules())[path]._parameters[leaf] = nn.Parameter(state[name].clone(), False)
+    torch.testing.assert_close(model(X).logits, wanted)
+    detach_uora(model, merge=merge)
+    torch.testing.assert_close(model(X).logits, wanted if merge else plain(X).logits)
+
+
+def test_experts_that_were_offloaded_after_attaching_are_refused_by_name():
+    model = base("mixtral")
+    attach_uora(model, UORAConfig(rank=4, target_modules=["experts"], trainable_modules=()))
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"experts 'model.layers.0.mlp.experts.\w+' were offloaded after"):
+        model(X)
+
+
 def test_a_hook_of_accelerate_leaves_layers_factored_and_dropping(tmp_path):
     """It keeps the forward that it found; the adapter's own takes that place."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module

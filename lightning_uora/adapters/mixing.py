@@ -1,0 +1,318 @@
+"""One batch in which every sample has an adapter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_uora.adapters.attachments import Attachment
+from lightning_uora.adapters.by_row import delta_by_row
+from lightning_uora.adapters.functional import factored_delta
+from lightning_uora.adapters.kinds import has_plain_forward
+from lightning_uora.adapters.layers import Adapter
+from lightning_uora.adapters.names import SHELF, named_modules, named_parameters
+from lightning_uora.adapters.offloaded import KEPT_FORWARD
+from lightning_uora.adapters.opaque import is_opaque
+from lightning_uora.adapters.own_rows import Own
+from lightning_uora.adapters.shelf import Shelved, require_known, the_only
+from lightning_uora.adapters.stacked import Experts, named_layers
+
+__all__ = ["use_adapters"]
+
+# Note [How a batch is mixed]
+# Inside the context every layer that one of the named adapters has computes its base once, and the updates by
+# row: adapters that share A and B are two tables, whatever their number, see Note [Two products for all
+# rows]; one with rows or axes of its own is two small products for its samples. Layers that have no factored
+# form (convolutions, attention), and what trained besides (heads), compute once for each adapter on its
+# samples with its weights in their place. The first axis of every input is the batch, or the batch times
+# something (beams, windows, tokens), sample after sample. Adapters that wait want gradients from the first
+# batch on that names them: a backward comes after the context.
+
+
+class Mine(NamedTuple):
+    """What an adapter has of a layer."""
+
+    adapter: Adapter
+    d: Tensor
+    b: Tensor
+
+    def sources(self, n: int) -> tuple[Tensor, Tensor, Own]:
+        """A, B and own rows."""
+        return self.adapter.owner.sources(n, self.adapter.m, self.adapter.index)
+
+
+@dataclass
+class Mix:
+    """Who is in the batch. ``index`` has an adapter's number for every sample, and -1 for the base."""
+
+    index: Tensor
+    names: list[str]
+    on: dict[torch.device, Tensor] = field(default_factory=dict)
+    generating: int = 0
+
+    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The batch that the model gets: of another length only under ``generate``, by beams."""
+        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+        if first is not None and first.shape[0] != len(self.index) and not self.generating:
+            raise ValueError(
+                f"the batch has {first.shape[0]} samples, and use_adapters was given {len(self.index)} names."
+            )
+
+    def generate(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, inside which beams repeat samples."""
+        self.generating += 1
+        try:
+            return type(module).generate(module, *args, **kwargs)
+        finally:
+            self.generating -= 1
+
+    def rows(self, x: Tensor, count: int, what: str) -> Tensor:
+        """The number of each of ``count`` rows of ``x``, whose first axis is the batch or a multiple."""
+        batch = len(self.index)
+        if x.shape[0] % batch:
+            raise ValueError(
+                f"{what} gets a batch of {x.shape[0]}, and use_adapters was given {batch} names; give one "
+                "for each sample."
+            )
+        if x.device not in self.on:
+            self.on[x.device] = self.index.to(x.device)
+        return self.on[x.device].repeat_interleave(count // batch)
+
+
+@contextmanager
+def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, sample i of the batch computes with adapter ``names[i]``; None: with the base.
+
+    Forward and backward: every adapter that is named gets its gradient, the others none. Equal to each sample
+    with its adapter alone, to rounding. Heads that were trained with an adapter compute for its samples; for
+    None those of the adapter in use. See Note [How a batch is mixed].
+
+    Args:
+        model: The adapted model, or one around it.
+        names: One for each sample, along the first axis of every input.
+
+    Raises:
+        ValueError: No adapter has that name; no name is given; a layer cannot be mixed (experts, attention
+            that is not batch first); in a forward: a batch of another size (the model's, where it is what
+            adapters were attached to; inside of ``generate`` a multiple), heads of different shapes.
+
+    Example:
+        >>> from lightning_uora import UORAConfig, add_adapter, attach_uora
+        >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+        >>> layers = attach_uora(model, UORAConfig(rank=4, target_modules=["0"], trainable_modules=()))
+        >>> layers = add_adapter(model, "second")
+        >>> with use_adapters(model, ["second", "default", None]):
+        ...     tuple(model(torch.zeros(3, 7)).shape)
+        (3, 3)
+
+    Source: *ours*.
+    """
+    one = the_only(model, "use_adapters")
+    if isinstance(names, str) or not names:
+        raise ValueError("names is one name for each sample of the batch, such as ['one', None, 'two'].")
+    chosen = list(dict.fromkeys(name for name in names if name is not None))
+    for name in chosen:
+        require_known(model, name)
+    numbers = {name: number for number, name in enumerate(chosen)}
+    mix = Mix(torch.tensor([-1 if name is None else numbers[name] for name in names]), chosen)
+    layers, swapped = _layers(one, chosen), _swapped(one, chosen)
+    with ExitStack() as undo:
+        for path, forward in _forwards(one, mix, layers, swapped).items():
+            undo.enter_context(_forward_of(named_modules(one.root)[path], forward))
+        undo.callback(one.root.register_forward_pre_hook(mix.check, with_kwargs=True).remove)
+        for module in one.root.modules():
+            if callable(getattr(type(module), "generate", None)) and "generate" not in module.__dict__:
+                module.__dict__["generate"] = partial(mix.generate, module)
+                undo.callback(module.__dict__.pop, "generate")
+        one.owner.disabled += 1
+        try:
+            yield
+        finally:
+            one.owner.disabled -= 1
+
+
+def _item(one: Attachment, name: str) -> Shelved:
+    return cast(Shelved, cast(nn.Module, one.root._modules[SHELF])._modules[name])
+
+
+def _layers(one: Attachment, chosen: list[str]) -> dict[str, dict[int, Mine]]:
+    """By layer and number of the adapter."""
+    found: dict[str, dict[int, Mine]] = {}
+    for number, name in enumerate(chosen):
+        if name == one.owner.name:
+            mine = {path: Mine(m._uora, m.uora_d, m.uora_b) for path, m in one.layers}
+        else:
+            item = _item(one, name)
+            item.wake()
+            get = cast("dict[str, Tensor]", item._parameters)
+            mine = {path: Mine(a, get[f"d_{a.index}"], get[f"b_{a.index}"]) for path, a in item.layers}
+        for path, what in mine.items():
+            found.setdefault(path, {})[number] = what
+    return found
+
+
+def _swapped(one: Attachment, chosen: list[str]) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """What trained besides: by module, number of the adapter and name in the module."""
+    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    here = named_parameters(one.root, every=True)
+    for number, name in enumerate(chosen):
+        if name == one.owner.name:
+            own: dict[str, Tensor] = {trained: here[trained] for trained in one.owner.trained}
+        else:
+            item = _item(one, name)
+            own = {trained: cast(Tensor, item._parameters[key]) for key, trained in item.trained.items()}
+        for trained, parameter in own.items():
+            path, _, leaf = trained.rpartition(".")
+            found.setdefault(path, {}).setdefault(number, {})[leaf] = parameter
+    return found if set(chosen) - {one.owner.name} else {}
+
+
+Forward = Callable[..., Any]
+
+
+def _forwards(
+    one: Attachment,
+    mix: Mix,
+    layers: dict[str, dict[int, Mine]],
+    swapped: dict[str, dict[int, dict[str, Tensor]]],
+) -> dict[str, Forward]:
+    """What each module computes instead, by its path."""
+    modules, found = named_layers(one.root), dict[str, Forward]()
+    inside = {f"{path}.out_proj" for path in layers if isinstance(modules[path], nn.MultiheadAttention)}
+    for path in dict.fromkeys((*layers, *swapped)):
+        module, mine, besides = modules[path], layers.get(path, {}), swapped.get(path, {})
+        kind = getattr(type(module), "uora_original", type(module))
+        if isinstance(module, Experts):
+            raise ValueError(f"experts {path!r} cannot be mixed in a batch: they see tokens, not samples.")
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise ValueError(f"attention {path!r} is not batch first, and cannot be mixed in a batch.")
+        if path in inside:
+            continue
+        if not besides and (has_plain_forward(kind) or is_opaque(module)):
+            found[path] = partial(_by_row, module, path, mix, mine)
+            continue
+        children = {path: (module, mine, besides)}
+        if f"{path}.out_proj" in inside:
+            name = f"{path}.out_proj"
+            children[name] = (modules[name], layers.get(name, {}), swapped.get(name, {}))
+        found[path] = partial(_by_adapter, module, path, mix, children)
+    return found
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Another forward on the instance, where a hook of accelerate keeps it if there is one."""
+    key = KEPT_FORWARD if KEPT_FORWARD in module.__dict__ else "forward"
+    had = module.__dict__.get(key)
+    module.__dict__[key] = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.__dict__[key]
+        else:
+            module.__dict__[key] = had
+
+
+def _by_row(module: nn.Module, path: str, mix: Mix, mine: dict[int, Mine], x: Tensor, *args: Any) -> Tensor:
+    """The base, and all updates by row."""
+    out: Tensor = type(module).forward(module, x, *args)
+    if not mine:
+        return out
+    (part,) = next(iter(mine.values())).adapter.parts.values()
+    index = mix.rows(x, x.numel() // part.n, f"layer {path!r}")
+    tables: dict[tuple[int, int, float], list[int]] = {}
+    alone: list[int] = []
+    for number, one in mine.items():
+        one.adapter.owner.require_calibrated("a mixed batch")
+        A, B, own = one.sources(part.n)
+        if own.tensors:
+            alone.append(number)
+        else:
+            tables.setdefault((id(A), id(B), one.adapter.owner.config.dropout), []).append(number)
+    for (*_, p), numbers in tables.items():
+        A, B, own = mine[numbers[0]].sources(part.n)
+        D, b = (torch.stack(vectors) for vectors in zip(*(mine[k][1:] for k in numbers), strict=True))
+        D, b = (torch.cat([t, t.new_zeros(1, t.shape[1])]) for t in (D, b))  # the last: of nobody here
+        place = torch.full((len(mix.names) + 1,), len(numbers), device=x.device)
+        place[torch.tensor(numbers, device=x.device)] = torch.arange(len(numbers), device=x.device)
+        dropped = nn.functional.dropout(x, p, module.training)
+        out = out + delta_by_row(dropped, place[index], A, B, D, b, own).to(out.dtype)
+    for number in alone:
+        here = (index == number).nonzero().flatten()
+        if len(here):
+            A, B, own = mine[number].sources(part.n)
+            rows = x.reshape(-1, part.n)[here]
+            dropped = nn.functional.dropout(rows, mine[number].adapter.owner.config.dropout, module.training)
+            delta = factored_delta(dropped, A, B, *mine[number][1:], own)
+            flat = out.reshape(-1, out.shape[-1])
+            out = flat.index_add(0, here, delta.to(out.dtype)).reshape(out.shape)
+    return out
+
+
+Children = dict[str, tuple[nn.Module, dict[int, Mine], dict[int, dict[str, Tensor]]]]
+
+
+def _by_adapter(module: nn.Module, path: str, mix: Mix, children: Children, *args: Any, **kwargs: Any) -> Any:
+    """The module once for each adapter, on its samples and with its weights in their place."""
+    first = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    index, size = mix.rows(first, first.shape[0], f"module {path!r}"), first.shape[0]
+    outs: list[tuple[Tensor, Any]] = []
+    for number in sorted(set(index.tolist())):
+        here = (index == number).nonzero().flatten()
+
+        def mine(t: Tensor, here: Tensor = here) -> Tensor:
+            return t[here] if t.dim() and t.shape[0] == size else t
+
+        given, named = tree_map_only(Tensor, mine, (args, kwargs))
+        with ExitStack() as undo:
+            for child, layers, besides in children.values():
+                weights = dict(besides.get(number, {}))
+                if number in layers:
+                    weights |= _effective(child, layers[number])
+                undo.enter_context(_parameters_of(child, weights))
+            outs.append((here, type(module).forward(module, *given, **named)))
+    return _joined(outs, size, path)
+
+
+def _effective(module: nn.Module, mine: Mine) -> dict[str, Tensor]:
+    found = {}
+    for name, part in mine.adapter.parts.items():
+        A, B, own = mine.sources(part.n)
+        found[name] = part.delta(cast(Tensor, module._parameters[name]), A, B, mine.d, mine.b, own)
+    return found
+
+
+@contextmanager
+def _parameters_of(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    before = {name: module._parameters[name] for name in weights}
+    module._parameters.update(cast("dict[str, nn.Parameter | None]", weights))
+    try:
+        yield
+    finally:
+        module._parameters.update(before)
+
+
+def _joined(outs: list[tuple[Tensor, Any]], size: int, path: str) -> Any:
+    """Outputs of all samples in their order."""
+    first = outs[0][1]
+    if isinstance(first, (tuple, list)):
+        return type(first)(
+            None if part is None else _joined([(here, out[k]) for here, out in outs], size, path)
+            for k, part in enumerate(first)
+        )
+    shapes = {tuple(out.shape[1:]) for _, out in outs}
+    if len(shapes) > 1:
+        told = ", ".join(map(str, sorted(shapes)))
+        raise ValueError(
+            f"{path!r} puts out {told} for different adapters; a batch mixes those of one shape."
+        )
+    order = torch.cat([here for here, _ in outs]).argsort()
+    return torch.cat([out for _, out in outs])[order]

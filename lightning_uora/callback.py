@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_uora.adapters import Projections, is_adapted
+from lightning_uora.adapters import Projections, is_adapted, require_name
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice, require_rate
 from lightning_uora.reinit import require_growth_possible
 from lightning_uora.reports import Summary, summarize
@@ -79,6 +79,9 @@ class UORACallback(Callback):
             of their own, ``uora_vectors``, without weight decay, that follows the schedule of the group that
             they came from. A group that holds vectors alone is yours and stays. A number: that rate, under
             any optimizer. None: the optimizer is left alone.
+        adapter_name: Which adapter trains. On a module that has adapters under other names one more is added,
+            and computes from then on; ``"default"`` trains the one that is on the module, if none is called
+            so.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.
@@ -110,6 +113,7 @@ class UORACallback(Callback):
         reinit: ReinitSchedule | None = ReinitSchedule(),  # noqa: B008 - frozen
         checkpoint: Literal["full", "adapter"] = "full",
         vector_lr: float | Literal["auto"] | None = "auto",
+        adapter_name: str = "default",
     ) -> None:
         super().__init__()
         self.config = UORAConfig(
@@ -135,6 +139,8 @@ class UORACallback(Callback):
             require_growth_possible(reinit.growth, self.config)
         require_rate("vector_lr", vector_lr)
         self.vector_lr = vector_lr
+        require_name(adapter_name)
+        self.adapter_name = adapter_name
         self._refreshing = Refreshing(reinit) if reinit is not None else None
         self._owners: list[Projections] = []
         self._adapted: list[weakref.ref[LightningModule]] = []

@@ -21,7 +21,15 @@ from lightning_uora.adapters.shelf import (
 from lightning_uora.adapters.targets import Selection
 from lightning_uora.config import UORAConfig
 
-__all__ = ["add_adapter", "remove_adapter", "require_free", "set_adapter", "settle_beside", "undo"]
+__all__ = [
+    "add_adapter",
+    "remove_adapter",
+    "require_free",
+    "require_name",
+    "set_adapter",
+    "settle_beside",
+    "undo",
+]
 
 
 def add_adapter(
@@ -97,10 +105,15 @@ def undo(one: Attachment) -> None:
         one.root._modules[SHELF] = shelf
 
 
+def require_name(name: object) -> None:
+    """Raise ``ValueError`` for what cannot be the name of an adapter."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name={name!r} is not allowed: an adapter's name has no dot and is not empty.")
+
+
 def require_free(model: nn.Module, name: str) -> None:
     """Raise ``ValueError`` where a name cannot be that of one more adapter."""
-    if not name or "." in name:
-        raise ValueError(f"name={name!r} is not allowed: an adapter's name has no dot and is not empty.")
+    require_name(name)
     if name in adapter_names(model):
         raise ValueError(f"an adapter {name!r} is there already; remove it first, or choose another name.")
 

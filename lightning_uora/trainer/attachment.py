@@ -14,10 +14,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_uora.adapters import (
     Attachment,
     Projections,
+    adapter_names,
+    add_adapter,
     attach_beside,
     attachments,
     is_adapted,
     named_adapters,
+    set_adapter,
 )
 from lightning_uora.config import UORAConfig, differences
 from lightning_uora.storage import CheckpointHooks
@@ -59,7 +62,7 @@ def attach_in_time(
 
     Args:
         pl_module: The LightningModule. If it has adapters of this configuration it keeps them.
-        own: The callback: its ``config`` and ``checkpoint``.
+        own: The callback: its ``config``, ``checkpoint`` and ``adapter_name``.
         others: Other callbacks of its kind, which adapt other modules of the same LightningModule.
         told: Called with the module and the owners of A and B when it is done.
         first: Called with the module, its parts all there, before it is adapted.
@@ -79,6 +82,7 @@ def attach_in_time(
 
 
 def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: Told) -> None:
+    _choose(pl_module, own)
     if not attachments_of(pl_module, own.config):
         theirs = [other.config for other in others]
         for one in attachments(pl_module):
@@ -86,11 +90,24 @@ def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: T
                 different = differences(one.owner.config, "in the module", own.config, "in the callback")
                 raise ValueError(f"the module has adapters of another configuration: {different}.")
         attach_beside(pl_module, own.config)
+        for one in attachments_of(pl_module, own.config):
+            one.owner.name = own.adapter_name
     mine = [one.owner for one in attachments_of(pl_module, own.config)]
     for owner in mine:
         _keep_from_travelling(pl_module, owner)
     CheckpointHooks(pl_module, own.checkpoint, look=look_at_checkpoint).install()
     told(pl_module, mine)
+
+
+def _choose(pl_module: LightningModule, own: Any) -> None:
+    """Put the adapter that the callback names on a module that has adapters."""
+    found = attachments(pl_module)
+    if len(found) != 1 or found[0].owner.name == own.adapter_name:
+        return
+    if own.adapter_name in adapter_names(pl_module):
+        set_adapter(pl_module, own.adapter_name)
+    elif own.adapter_name != "default":
+        add_adapter(pl_module, own.adapter_name, own.config)
 
 
 def attachments_of(pl_module: LightningModule, config: UORAConfig) -> list[Attachment]:
@@ -160,4 +177,4 @@ def _keep_from_travelling(pl_module: LightningModule, owner: Projections) -> Non
 
 def is_calibrated(pl_module: LightningModule) -> bool:
     """Whether A of an adapted module has come from its inputs."""
-    return any(isinstance(module, Projections) and module.calibrated for module in pl_module.modules())
+    return any(one.owner.calibrated for one in attachments(pl_module))

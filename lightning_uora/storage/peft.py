@@ -59,7 +59,8 @@ def export_peft(
     """Write a folder that ``peft.PeftModel.from_pretrained(base, directory)`` loads with equal outputs.
 
     So does ``AutoPeftModelForCausalLM.from_pretrained(directory)``, or the class for the model's task, if
-    the base can be loaded by its name.
+    the base can be loaded by its name. Experts are written as PEFT 0.21 reads them; versions before 0.17 do
+    not know ``target_parameters`` and would leave them out.
 
     Args:
         model: An adapted model, or the part of one that will be the base there (``lightning_module.model``).

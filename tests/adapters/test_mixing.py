@@ -295,7 +295,7 @@ WRONG: dict[str, Any] = {
     "unknown": (lambda m: enter(m, ["secnd"] * 6), "no adapter is called 'secnd'; near misses: 'second'"),
     "length": (
         lambda m: enter(m, ["second"] * 6, 5),
-        "gets a batch of 5, and use_adapters was given 6 names",
+        "batch has 5 samples, and use_adapters was given 6 names",
     ),
     "a string": (lambda m: enter(m, "second"), "names is one name for each sample"),
     "empty": (lambda m: enter(m, []), "names is one name for each sample"),

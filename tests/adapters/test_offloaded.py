@@ -158,6 +158,8 @@ def test_hooks_that_are_removed_leave_a_model_that_detaches_and_merges(tmp_path,
 
 def test_experts_that_were_offloaded_after_attaching_are_refused_by_name():
     model = base("mixtral")
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this version of transformers keeps experts as Linear layers")
     attach_uora(model, UORAConfig(rank=4, target_modules=["experts"], trainable_modules=()))
     model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"experts 'model.layers.0.mlp.experts.\w+' were offloaded after"):

@@ -168,6 +168,8 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_what_was_measured(quantize, bas
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     told = inspect_model(model, UORAConfig(rank, "all-linear"), 512, quantize=quantize).peak_bytes
+    if told is None and Version(transformers.__version__) < Version("5"):
+        pytest.skip("transformers 4 looks at the mask's numbers")
     assert told / 2**20 == pytest.approx(float(found["peak_mib"]), rel=0.1)
 
 

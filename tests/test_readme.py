@@ -23,7 +23,7 @@ from tests import families
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-VISION, TEXT, GROUPS, PLAIN, INPUTS, QUANTISED, EXPERTS, FILES = SNIPPETS
+VISION, TEXT, GROUPS, PLAIN, INPUTS, QUANTISED, EXPERTS, SEVERAL, FILES = SNIPPETS
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -89,6 +89,15 @@ def test_the_lines_for_experts_run(capsys):
         pytest.skip("this version of transformers keeps experts as Linear layers")
     exec(EXPERTS, {"mixture": model})
     assert "model.layers.0.mlp.experts.down_proj (4, 64) (4, 16)" in capsys.readouterr().out
+
+
+def test_the_lines_for_several_adapters_run(capsys):
+    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+    attach_uora(model, UORAConfig(rank=4, target_modules="all-linear"))
+    names = {"model": model, "batch": torch.randn(3, 7)}
+    exec(SEVERAL, names)
+    assert names["outputs"].shape == (3, 3)
+    assert capsys.readouterr().out == "['default', 'german']\n"
 
 
 def test_the_groups_written_by_hand_run(small):

@@ -92,6 +92,11 @@ class Shelf(nn.Module):
         self.share()
         return self
 
+    @override
+    def forward(self, x: Any) -> Any:
+        """The input as it is: an ``nn.Sequential`` root calls what it holds."""
+        return x
+
     def share(self) -> None:
         """One memory for what all adapters share, the one that computes among them."""
         waiting = [cast(Shelved, child).projections for child in self._modules.values()]

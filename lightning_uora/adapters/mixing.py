@@ -92,7 +92,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     Forward and backward: every adapter that is named gets its gradient, the others none. Equal to each sample
     with its adapter alone, to rounding. Heads that were trained with an adapter compute for its samples; for
-    None those of the adapter in use. See Note [How a batch is mixed].
+    None those of the adapter in use. Refresh outside of it. See Note [How a batch is mixed].
 
     Args:
         model: The adapted model, or one around it.
@@ -124,8 +124,9 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     mix = Mix(torch.tensor([-1 if name is None else numbers[name] for name in names]), chosen)
     layers, swapped = _layers(one, chosen), _swapped(one, chosen)
     with ExitStack() as undo:
+        modules = named_modules(one.root)
         for path, forward in _forwards(one, mix, layers, swapped).items():
-            undo.enter_context(_forward_of(named_modules(one.root)[path], forward))
+            undo.enter_context(_forward_of(modules[path], forward))
         undo.callback(one.root.register_forward_pre_hook(mix.check, with_kwargs=True).remove)
         for module in one.root.modules():
             if callable(getattr(type(module), "generate", None)) and "generate" not in module.__dict__:
@@ -196,7 +197,9 @@ def _forwards(
         if path in inside:
             continue
         if not besides and (has_plain_forward(kind) or is_opaque(module)):
-            found[path] = partial(_by_row, module, path, mix, mine)
+            (part,) = next(iter(mine.values())).adapter.parts.values()
+            shared = _tables(mine, part.n, len(mix.names))
+            found[path] = partial(_by_row, module, path, mix, mine, shared)
             continue
         children = {path: (module, mine, besides)}
         if f"{path}.out_proj" in inside:
@@ -221,31 +224,60 @@ def _forward_of(module: nn.Module, forward: Forward) -> Iterator[None]:
             module.__dict__[key] = had
 
 
-def _by_row(module: nn.Module, path: str, mix: Mix, mine: dict[int, Mine], x: Tensor, *args: Any) -> Tensor:
-    """The base, and all updates by row."""
-    out: Tensor = type(module).forward(module, x, *args)
-    if not mine:
-        return out
-    (part,) = next(iter(mine.values())).adapter.parts.values()
-    index = mix.rows(x, x.numel() // part.n, f"layer {path!r}")
-    tables: dict[tuple[int, int, float], list[int]] = {}
+@dataclass
+class Table:
+    """Adapters that share A, B and dropout in a layer; ``place`` is the row of each, the last of all others."""
+
+    mine: list[Mine]
+    place: Tensor
+    dropout: float
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """D (K + 1, r) and b (K + 1, m), the last rows zero."""
+        D, b = [one.d for one in self.mine], [one.b for one in self.mine]
+        return torch.stack([*D, torch.zeros_like(D[0])]), torch.stack([*b, torch.zeros_like(b[0])])
+
+
+def _tables(mine: dict[int, Mine], n: int, count: int) -> tuple[list[Table], list[int]]:
+    """Those that share, and those with rows of their own."""
+    found: dict[tuple[int, int, float], list[int]] = {}
     alone: list[int] = []
     for number, one in mine.items():
-        one.adapter.owner.require_calibrated("a mixed batch")
-        A, B, own = one.sources(part.n)
+        owner = one.adapter.owner
+        owner.require_calibrated("a mixed batch")
+        A, B, own = one.sources(n)
         if own.tensors:
             alone.append(number)
         else:
-            tables.setdefault((id(A), id(B), one.adapter.owner.config.dropout), []).append(number)
-    for (*_, p), numbers in tables.items():
-        A, B, own = mine[numbers[0]].sources(part.n)
-        D, b = (torch.stack(vectors) for vectors in zip(*(mine[k][1:] for k in numbers), strict=True))
-        D, b = (torch.cat([t, t.new_zeros(1, t.shape[1])]) for t in (D, b))  # the last: of nobody here
-        place = torch.full((len(mix.names) + 1,), len(numbers), device=x.device)
-        place[torch.tensor(numbers, device=x.device)] = torch.arange(len(numbers), device=x.device)
-        dropped = nn.functional.dropout(x, p, module.training)
-        out = out + delta_by_row(dropped, place[index], A, B, D, b, own).to(out.dtype)
-    for number in alone:
+            found.setdefault((id(A), id(B), owner.config.dropout), []).append(number)
+    tables = []
+    for (*_, p), numbers in found.items():
+        place = torch.full((count + 1,), len(numbers))
+        place[numbers] = torch.arange(len(numbers))
+        tables.append(Table([mine[number] for number in numbers], place, p))
+    return tables, alone
+
+
+def _by_row(
+    module: nn.Module,
+    path: str,
+    mix: Mix,
+    mine: dict[int, Mine],
+    shared: tuple[list[Table], list[int]],
+    x: Tensor,
+    *args: Any,
+) -> Tensor:
+    """The base, and all updates by row."""
+    out: Tensor = type(module).forward(module, x, *args)
+    (part,) = next(iter(mine.values())).adapter.parts.values()
+    index = mix.rows(x, x.numel() // part.n, f"layer {path!r}")
+    for table in shared[0]:
+        if table.place.device != x.device:
+            table.place = table.place.to(x.device)
+        A, B, own = table.mine[0].sources(part.n)
+        dropped = nn.functional.dropout(x, table.dropout, module.training)
+        out = out + delta_by_row(dropped, table.place[index], A, B, *table.vectors(), own).to(out.dtype)
+    for number in shared[1]:
         here = (index == number).nonzero().flatten()
         if len(here):
             A, B, own = mine[number].sources(part.n)

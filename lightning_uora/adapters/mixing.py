@@ -226,7 +226,7 @@ def _forward_of(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 @dataclass
 class Table:
-    """Adapters that share A, B and dropout in a layer; ``place`` is the row of each, the last of all others."""
+    """Adapters that share A, B and dropout in a layer; ``place``: the row of each, the last for others."""
 
     mine: list[Mine]
     place: Tensor

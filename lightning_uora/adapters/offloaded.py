@@ -50,7 +50,7 @@ def _offloading(module: nn.Module) -> Any:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate loads the module's weights for each forward."""
-    return _offloading(module) is not None
+    return HOOK in module.__dict__ and _offloading(module) is not None
 
 
 def runs_on(module: nn.Module, weight: Tensor) -> torch.device:

@@ -17,6 +17,7 @@ from lightning_uora import (
     add_adapter,
     attach_uora,
     detach_uora,
+    export_peft,
     load_adapter,
     named_adapters,
     refresh,
@@ -227,6 +228,26 @@ def test_merging_takes_the_one_that_computes():
     detach_uora(model, merge=True)
     torch.testing.assert_close(model(X), outputs["default"])
     assert adapter_names(model) == []
+
+
+def test_the_functions_take_a_name_and_leave_what_computes(tmp_path):
+    model, outputs = two()
+    add_adapter(model, "wide", UORAConfig(rank=9, target_modules=["body.2"]))
+    set_adapter(model, "second")
+    table = summarize(model, name="wide")
+    assert table.adapter_params == 9 + 7
+    assert table.waiting == ("default", "second")
+    assert "other adapters, waiting: default, wide" in str(summarize(model))
+    assert dict(named_adapters(model, "second")) == dict(named_adapters(model))
+    with pytest.raises(ValueError, match=r"'second' computes, and 'wide' waits; call set_adapter"):
+        next(named_adapters(model, "wide"))
+    peft = pytest.importorskip("peft")
+    export_peft(model, tmp_path / "peft", name="default")
+    loaded = peft.PeftModel.from_pretrained(net(), tmp_path / "peft").eval()
+    torch.testing.assert_close(loaded(X), outputs["default"])
+    assert torch.equal(model(X), outputs["second"])
+    detach_uora(model, merge=True, name="default")
+    torch.testing.assert_close(model(X), outputs["default"])
 
 
 def test_what_is_not_trainable_wants_no_gradient_and_the_table_counts_one():

@@ -23,7 +23,7 @@ from lightning_uora.config import ReinitSchedule, UORAConfig
 from lightning_uora.inputs import calibrate
 from lightning_uora.reinit import rebuild, refresh
 from lightning_uora.reports import LayerSummary, Summary, plot_refreshes, plot_vectors, summarize
-from lightning_uora.storage import export_peft, load_adapter, load_from_checkpoint, save_adapter
+from lightning_uora.storage import AdapterBank, export_peft, load_adapter, load_from_checkpoint, save_adapter
 
 if TYPE_CHECKING:
     from lightning_uora.callback import UORACallback
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "LayerSummary",
     "ReinitSchedule",
     "Summary",

@@ -31,7 +31,7 @@ INSIDE = {
         ("loaders", "schedules"),
     ),
     "storage": (
-        ("merging", "peft"),
+        ("merging", "peft", "bank"),
         ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
         ("placing", "low_rank"),
         ("restoring",),

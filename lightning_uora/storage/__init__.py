@@ -1,6 +1,7 @@
 """Files: adapter folders, Lightning checkpoints, merged weights, exports to PEFT, all checked when read."""
 
 from lightning_uora.storage.adapter_files import load_adapter, read, save_adapter
+from lightning_uora.storage.bank import AdapterBank
 from lightning_uora.storage.checkpoint import (
     CheckpointHooks,
     load_from_checkpoint,
@@ -14,6 +15,7 @@ from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import by_parameter, known_targets
 
 __all__ = [
+    "AdapterBank",
     "CheckpointHooks",
     "by_parameter",
     "detached_state",

@@ -202,7 +202,7 @@ def load_adapter(
     before, root, kept = one.owner.name, one.root, one.owner.requires_grad_before
     put_off(one)
     try:
-        names = _load(model, manifest, tensors, base_mismatch, head, name, beside=root)
+        names = _load(model, manifest, tensors, base_mismatch, head, name, beside=one)
     except BaseException:
         put_back(root, before)
         raise
@@ -219,7 +219,7 @@ def _load(
     base_mismatch: Mismatch,
     head: bool,
     called: str,
-    beside: nn.Module | None = None,
+    beside: Attachment | None = None,
 ) -> list[str]:
     config = config_of(manifest)
     place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
@@ -234,7 +234,7 @@ def _load(
     chosen = Selection(
         tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
     )
-    if beside is not None and place.root is not beside:
+    if beside is not None and place.root is not beside.root:
         raise ValueError(
             "the adapter was saved from another part of the model than the adapters that are here; load it "
             "into a model without them."
@@ -242,6 +242,8 @@ def _load(
     attach_to(place.root, config, chosen)
     one = attachment_of(place.root, "load_adapter")
     one.owner.name = called
+    if beside is not None:  # what is known of the base need not be found again
+        one.owner.base_prints = beside.owner.base_prints
     try:
         if beside is not None:
             settle_beside(one, called)

@@ -1,0 +1,136 @@
+"""A bank of adapters in folders: loaded when they are first named, the least recently used dropped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from lightning_uora.adapters import (
+    adapter_names,
+    attachment_of,
+    is_adapted,
+    remove_adapter,
+    set_adapter,
+    use_adapters,
+)
+from lightning_uora.storage.adapter_files import CONFIG_FILE, load_adapter
+from lightning_uora.storage.restoring import Mismatch
+
+__all__ = ["AdapterBank"]
+
+# Note [What a bank keeps]
+# The adapters that it has loaded, by when they were last named; those that the user put on the model are not
+# its own and stay. One thread at a time computes with them: a mixed batch changes the model for a while.
+
+
+class AdapterBank:
+    """Adapters in the folders of a directory, by the folders' names, on one model.
+
+    See Note [What a bank keeps].
+
+    Args:
+        model: The base, or a model that has adapters.
+        directory: Holds a folder of :func:`save_adapter` for each adapter.
+        limit: So many at most are on the model at once, besides those that were there.
+        base_mismatch: As for :func:`load_adapter`.
+
+    Raises:
+        ValueError: ``limit`` is below 1.
+        FileNotFoundError: There is no such directory.
+
+    Example::
+
+        bank = AdapterBank(model, "adapters/", limit=100)
+        with bank.use(["german", "polish", None]):  # one for each sample of the batch
+            outputs = model(batch)
+
+    Source: *ours*.
+    """
+
+    def __init__(
+        self, model: nn.Module, directory: str | Path, limit: int = 64, base_mismatch: Mismatch = "error"
+    ) -> None:
+        if limit < 1:
+            raise ValueError(f"limit={limit} is not allowed; a bank keeps at least one adapter.")
+        self.model, self.directory = model, Path(directory)
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory} is no directory; an adapter bank is one of folders.")
+        self.limit, self.base_mismatch = limit, base_mismatch
+        self._lock = threading.RLock()
+        self._recent: dict[str, None] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all adapters in the directory."""
+        return sorted(path.parent.name for path in self.directory.glob(f"*/{CONFIG_FILE}"))
+
+    @property
+    def resident(self) -> list[str]:
+        """Those that the bank has loaded, the least recently named first."""
+        return list(self._recent)
+
+    def set(self, name: str | None) -> None:
+        """As :func:`set_adapter`, of an adapter that is loaded first if it is not there."""
+        with self._lock:
+            self._fetch([] if name is None else [name])
+            set_adapter(self.model, name)
+
+    @contextmanager
+    def use(self, names: Sequence[str | None]) -> Iterator[None]:
+        """As :func:`use_adapters`, of adapters that are loaded first if they are not there.
+
+        Other threads wait until the batch is done.
+
+        Raises:
+            ValueError: More than ``limit`` different adapters; no folder has that name, or it is damaged or
+                of another base: the others are as they were.
+        """
+        with self._lock:
+            self._fetch(list(dict.fromkeys(name for name in names if name is not None)))
+            with use_adapters(self.model, names):
+                yield
+
+    def _fetch(self, names: list[str]) -> None:
+        here = adapter_names(self.model)
+        mine = [name for name in names if name in self._recent or name not in here]
+        if len(mine) > self.limit:
+            raise ValueError(
+                f"{len(mine)} different adapters are named, and the bank's limit is {self.limit}."
+            )
+        for name in mine:
+            if name in here:
+                self._recent.pop(name)
+            else:
+                self._load(name)
+            self._recent[name] = None
+        self._drop(keep=mine)
+
+    def _load(self, name: str) -> None:
+        folder = self.directory / name
+        if folder.parent != self.directory or not (folder / CONFIG_FILE).is_file():
+            known = ", ".join(map(repr, self.names[:5])) or "none"
+            raise ValueError(f"the bank {self.directory} has no adapter {name!r}; it has {known}.")
+        before = _computing(self.model)
+        try:
+            load_adapter(self.model, folder, self.base_mismatch, name=name)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r} of the bank: {error}") from error
+        if before is not None:
+            set_adapter(self.model, before)
+
+    def _drop(self, keep: list[str]) -> None:
+        """The least recently named beyond the limit."""
+        while len(self._recent) > self.limit:
+            oldest = next(name for name in self._recent if name not in keep)
+            del self._recent[oldest]
+            if _computing(self.model) == oldest:
+                set_adapter(self.model, next(n for n in adapter_names(self.model) if n != oldest))
+            remove_adapter(self.model, oldest)
+
+
+def _computing(model: nn.Module) -> str | None:
+    return attachment_of(model, "a bank").owner.name if is_adapted(model) else None

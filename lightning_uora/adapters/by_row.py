@@ -46,8 +46,7 @@ class _DeltaByRow(torch.autograd.Function):
         A, B = as_layer_has(A, B, (rows, at, columns, columns_at, lines, lines_at))
         with no_autocast(x.device):
             z = flat_rows(x).to(dtype) @ A.to(dtype).t()
-            y = _up(z, D[index], B, dtype)
-            out = (y * b[index]).to(dtype)
+            out = _times(_up(z, D[index], B, dtype), b[index]).to(dtype)
             return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], b.shape[1])), z
 
     @staticmethod
@@ -69,8 +68,8 @@ class _DeltaByRow(torch.autograd.Function):
             if need_b:
                 grad_b = _summed(g * _up(z, picked, B, ctx.dtype), index, b)
             if need_x or need_D:
-                w = (g * b[index]).to(ctx.dtype) @ B.to(ctx.dtype)
-                u = (w * picked).to(ctx.dtype)
+                w = _times(g, b[index]).to(ctx.dtype) @ B.to(ctx.dtype)
+                u = _times(w, picked).to(ctx.dtype)
                 grad_D = _summed(w * z, index, D) if need_D else None
         if grad_z is not None:  # of a second derivative
             u = grad_z if u is None else u + grad_z
@@ -80,10 +79,19 @@ class _DeltaByRow(torch.autograd.Function):
 
 
 def _up(z: Tensor, picked: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    return (z * picked).to(dtype) @ B.to(dtype).t()
+    return _times(z, picked).to(dtype) @ B.to(dtype).t()
+
+
+def _times(rows: Tensor, picked: Tensor) -> Tensor:
+    """Rows (S T, k) by what was picked for each of S (S, k)."""
+    if len(rows) == len(picked):
+        return rows * picked
+    return (rows.reshape(len(picked), -1, rows.shape[1]) * picked[:, None]).reshape(rows.shape)
 
 
 def _summed(values: Tensor, index: Tensor, table: Tensor) -> Tensor:
+    if len(values) != len(index):
+        values = values.reshape(len(index), -1, values.shape[1]).sum(1)
     return torch.zeros_like(table).index_add(0, index, values.to(table.dtype))
 
 
@@ -92,10 +100,12 @@ def delta_by_row(
 ) -> Tensor:
     """``b[i] * (B (D[i] * (A x)))`` for row x with i = ``index`` of it; differentiable in x, D and b.
 
+    One index may stand for T rows in a sequence (the tokens of a sample).
+
     Saves ``A x`` for backward, not x. See Note [Two products for all rows].
 
     Shape:
-        - ``x``: (..., n), T rows; ``index``: (T,) of integers below K; ``A``: (r, n); ``B``: (m, r); ``D``:
+        - ``x``: (..., n), S T rows; ``index``: (S,) of integers below K; ``A``: (r, n); ``B``: (m, r); ``D``:
           (K, r); ``b``: (K, m). Returns (..., m) in the dtype of the products.
 
     Source: VeRA (arXiv:2310.11454) eq. 2 for each row; tables picked by row are *ours*.
@@ -105,7 +115,7 @@ def delta_by_row(
         A, B = as_layer_has(A, B, own)
         with no_autocast(x.device):
             y = _up(flat_rows(x).to(dtype) @ A.to(dtype).t(), D[index], B, dtype)
-            return (y * b[index]).to(dtype).reshape(*x.shape[:-1], b.shape[1])
+            return _times(y, b[index]).to(dtype).reshape(*x.shape[:-1], b.shape[1])
     out, _ = _DeltaByRow.apply(x, index, A, B, D, b, dtype, *own)
     result: Tensor = out
     return result

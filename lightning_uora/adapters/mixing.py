@@ -270,13 +270,14 @@ def _by_row(
     """The base, and all updates by row."""
     out: Tensor = type(module).forward(module, x, *args)
     (part,) = next(iter(mine.values())).adapter.parts.values()
-    index = mix.rows(x, x.numel() // part.n, f"layer {path!r}")
+    samples = mix.rows(x, len(mix.index), f"layer {path!r}")
     for table in shared[0]:
         if table.place.device != x.device:
             table.place = table.place.to(x.device)
         A, B, own = table.mine[0].sources(part.n)
         dropped = nn.functional.dropout(x, table.dropout, module.training)
-        out = out + delta_by_row(dropped, table.place[index], A, B, *table.vectors(), own).to(out.dtype)
+        out = out + delta_by_row(dropped, table.place[samples], A, B, *table.vectors(), own).to(out.dtype)
+    index = samples.repeat_interleave(x.numel() // part.n // len(samples)) if shared[1] else samples
     for number in shared[1]:
         here = (index == number).nonzero().flatten()
         if len(here):

@@ -214,6 +214,14 @@ def test_the_update_by_row_has_the_gradients_of_its_formula():
     each = [b * ((D * (made["A"] @ x)) @ made["B"].T) for x, D, b in
             ((made["x"][t], made["D"][i], made["b"][i]) for t, i in enumerate(index))]  # fmt: skip
     torch.testing.assert_close(run(*given), torch.stack(each))
+    tokens = torch.tensor([0, 2, 1])  # one for two rows each
+    torch.testing.assert_close(
+        delta_by_row(made["x"], tokens, made["A"], made["B"], made["D"], made["b"]),
+        delta_by_row(made["x"], tokens.repeat_interleave(2), made["A"], made["B"], made["D"], made["b"]),
+    )
+    assert gradcheck(
+        lambda x, D, b: delta_by_row(x.reshape(3, 2, 5), tokens, made["A"], made["B"], D, b), given
+    )
     assert gradcheck(run, given)
     assert gradgradcheck(run, given)
     run(*given).sum().backward()

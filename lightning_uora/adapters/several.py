@@ -135,11 +135,12 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
             one.owner.set_off, one.owner.disabled = True, one.owner.disabled + 1
         return
     require_known(model, name)
-    if one.owner.set_off:
-        one.owner.set_off, one.owner.disabled = False, one.owner.disabled - 1
     if one.owner.name != name:
         put_off(one)
         put_back(one.root, name)
+    owner = the_only(model, "set_adapter").owner
+    if owner.set_off:  # it may have gone to the shelf like that
+        owner.set_off, owner.disabled = False, owner.disabled - 1
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -192,6 +192,16 @@ def test_none_is_the_base_until_one_is_set_again():
     with torch.no_grad():
         hidden = net().body(X)
         assert torch.equal(model(X), model.head(hidden))
+    set_adapter(model, "default")
+    assert torch.equal(model(X), outputs["default"])
+    set_adapter(model, "second")
+    assert torch.equal(model(X), outputs["second"])
+
+
+def test_one_that_was_switched_off_computes_again_when_it_is_set_after_another():
+    model, outputs = two()
+    set_adapter(model, None)
+    add_adapter(model, "third")
     set_adapter(model, "second")
     assert torch.equal(model(X), outputs["second"])
 

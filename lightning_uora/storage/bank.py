@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -77,7 +77,8 @@ class AdapterBank:
         """As :func:`set_adapter`, of an adapter that is loaded first if it is not there."""
         with self._lock:
             self._fetch([] if name is None else [name])
-            set_adapter(self.model, name)
+            if is_adapted(self.model):  # else it is the base already
+                set_adapter(self.model, name)
 
     @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -91,7 +92,7 @@ class AdapterBank:
         """
         with self._lock:
             self._fetch(list(dict.fromkeys(name for name in names if name is not None)))
-            with use_adapters(self.model, names):
+            with use_adapters(self.model, names) if is_adapted(self.model) else nullcontext():
                 yield
 
     def _fetch(self, names: list[str]) -> None:
@@ -114,23 +115,29 @@ class AdapterBank:
         if folder.parent != self.directory or not (folder / CONFIG_FILE).is_file():
             known = ", ".join(map(repr, self.names[:5])) or "none"
             raise ValueError(f"the bank {self.directory} has no adapter {name!r}; it has {known}.")
-        before = _computing(self.model)
+        before, off = _computing(self.model)
         try:
             load_adapter(self.model, folder, self.base_mismatch, name=name)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} of the bank: {error}") from error
         if before is not None:
             set_adapter(self.model, before)
+        if off:
+            set_adapter(self.model, None)
 
     def _drop(self, keep: list[str]) -> None:
         """The least recently named beyond the limit."""
         while len(self._recent) > self.limit:
             oldest = next(name for name in self._recent if name not in keep)
             del self._recent[oldest]
-            if _computing(self.model) == oldest:
+            if _computing(self.model)[0] == oldest:
                 set_adapter(self.model, next(n for n in adapter_names(self.model) if n != oldest))
             remove_adapter(self.model, oldest)
 
 
-def _computing(model: nn.Module) -> str | None:
-    return attachment_of(model, "a bank").owner.name if is_adapted(model) else None
+def _computing(model: nn.Module) -> tuple[str | None, bool]:
+    """The adapter on the model, and whether it is switched off."""
+    if not is_adapted(model):
+        return None, False
+    owner = attachment_of(model, "a bank").owner
+    return owner.name, owner.set_off

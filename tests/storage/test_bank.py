@@ -80,6 +80,23 @@ def test_what_was_on_the_model_stays(folder):
     torch.testing.assert_close(model(X), alone(folder, "a"))
 
 
+def test_the_base_stays_the_base(folder):
+    """Of a model without adapters, and of one whose adapter is switched off while others are loaded."""
+    model = net()
+    plain, bank = model(X), AdapterBank(model, folder)
+    bank.set(None)
+    with bank.use([None] * 4):
+        assert torch.equal(model(X), plain)
+    bank.set("a")
+    bank.set(None)
+    off = model(X)
+    with bank.use(["b"] * 4):
+        torch.testing.assert_close(model(X), alone(folder, "b"))
+    assert torch.equal(model(X), off)
+    bank.set("a")
+    torch.testing.assert_close(model(X), alone(folder, "a"))
+
+
 def test_threads_take_turns(folder):
     model, wrong = net(), []
     bank = AdapterBank(model, folder, limit=2)

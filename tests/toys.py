@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
+import os
 import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import lightning.pytorch.callbacks
 import pytest
@@ -110,10 +115,36 @@ def equal_batches(count: int = 4) -> DataLoader:
     return DataLoader(TensorDataset(x.repeat(count, 1), y.repeat(count)), batch_size=4)
 
 
-def free_port() -> int:
-    """A port that nobody has, for ranks to meet at; over a file torch 2.7 now and then waits for ever."""
+RANKS_SECONDS = 240
+
+
+def on_two_ranks(work: Callable[[int, str, int], None], path: Path) -> None:
+    """Run ``work(rank, path, port)`` in two processes; what hangs is ended and fails.
+
+    Ranks meet at a port: over a file torch 2.7 now and then waits for ever.
+    """
     with socket.create_server(("localhost", 0)) as free:
-        return int(free.getsockname()[1])
+        port = int(free.getsockname()[1])
+    ranks = torch.multiprocessing.spawn(_one_rank, (work, str(path), port), nprocs=2, join=False)
+    try:
+        last = time.monotonic() + RANKS_SECONDS
+        while not ranks.join(timeout=1):
+            assert time.monotonic() < last, f"the ranks did not end within {RANKS_SECONDS} seconds"
+    finally:
+        for process in ranks.processes:
+            process.kill()
+
+
+def _one_rank(rank: int, work: Callable[[int, str, int], None], path: str, port: int) -> None:
+    """Work, then leave without taking the group down.
+
+    There torch 2.7 holds the GIL while it waits for a thread that may still be freeing the last object that
+    was gathered, and now and then waits for ever, with a barrier before it or without.
+    """
+    faulthandler.dump_traceback_later(RANKS_SECONDS - 20)
+    work(rank, path, port)
+    torch.distributed.barrier()
+    os._exit(0)
 
 
 def trainer(*callbacks, **options) -> Trainer:

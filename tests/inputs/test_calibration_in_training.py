@@ -33,8 +33,8 @@ from tests.toys import (
     callback,
     data,
     equal_batches,
-    free_port,
     needs_weight_averaging,
+    on_two_ranks,
     projections_of,
     trainer,
 )
@@ -433,7 +433,7 @@ def _rank_trains(rank: int, path: str, port: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_under_ddp_train_the_same_model(tmp_path):
-    torch.multiprocessing.spawn(_rank_trains, (str(tmp_path), free_port()), nprocs=2)
+    on_two_ranks(_rank_trains, tmp_path)
     (one, refreshes), (two, other) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
     )

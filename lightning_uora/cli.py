@@ -14,18 +14,20 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_uora.adapters import named_adapters
+from lightning_uora.adapters import named_adapters, set_adapter
 from lightning_uora.config import INITS, UORAConfig
 from lightning_uora.reports import contents, inspect_model, model_on_meta
 from lightning_uora.storage import (
     by_parameter,
     detached_state,
+    in_use,
     is_adapter_folder,
     known_targets,
     load_adapter,
     load_from_checkpoint,
     manifests_of,
     merge_state,
+    names_in,
     read,
     read_checkpoint,
     save_checkpoint,
@@ -89,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the model inside the LightningModule that PEFT will wrap, such as model; names start there",
     )
     for command in (merge, export):
+        command.add_argument(
+            "--adapter",
+            metavar="NAME",
+            help="of several in a checkpoint; left out, the one that computed",
+        )
         command.add_argument("--force", action="store_true", help="write over an OUT that exists")
     chosen = parser.parse_args(arguments)
     try:
@@ -159,8 +166,9 @@ def _merge(chosen: argparse.Namespace) -> None:
         raise ValueError(f"{chosen.out} is a folder; merge writes a file: name one.")
     manifest, tensors, checkpoint = _open(chosen.source)
     several = manifests_of(manifest)
+    chosen_ones, tensors = _chosen_adapter(several, tensors, chosen.adapter)
     if several[0].get("kind") == "full":
-        state = merge_state(manifest, tensors)
+        state = merge_state({"several": chosen_ones}, tensors)
     elif chosen.module_class is None:
         held = f"{chosen.source} holds adapters without their base;"
         what = f"{what_folder(chosen.source)} Or" if chosen.source.is_dir() else held
@@ -168,12 +176,38 @@ def _merge(chosen: argparse.Namespace) -> None:
     else:
         with _current_folder_importable():
             cls = _class(chosen.module_class)
-            state = detached_state(_on_base(chosen, cls, several[0]))
+            module = _on_base(chosen, cls, several[0])
+            if chosen.adapter is not None:
+                set_adapter(module, chosen.adapter)
+            state = detached_state(module)
     keep = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "loops")
     kept = {key: checkpoint[key] for key in keep if key in checkpoint} if checkpoint else _version()
     save_checkpoint({**kept, "state_dict": state}, chosen.out)
-    count = sum(len(one["adapted"]) for one in several)
-    _wrote(chosen.out, f"a plain checkpoint, {count} adapted {_layers(count)} merged", chosen.out)
+    count = sum(len(one["adapted"]) for one in chosen_ones)
+    what = (
+        f"a plain checkpoint, {count} adapted {_layers(count)} merged{_of_several(several, chosen.adapter)}"
+    )
+    _wrote(chosen.out, what, chosen.out)
+
+
+def _chosen_adapter(
+    several: list[dict[str, Any]], tensors: dict[str, Tensor], name: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Manifests and tensors as if the adapter of that name had been the only one."""
+    if name is not None and len(several) > 1:
+        raise ValueError(f"--adapter {name}: the checkpoint has several adapted models, of one adapter each.")
+    found = []
+    for manifest in several:
+        one, tensors = in_use(manifest, tensors, name)
+        found.append(one)
+    return found, tensors
+
+
+def _of_several(several: list[dict[str, Any]], name: str | None) -> str:
+    """Which adapter it was, where there are others."""
+    names = names_in(several[0])
+    left = ", ".join(one for one in names if one != (name or names[0]))
+    return f" of adapter {name or names[0]!r} (not {left}: --adapter)" if left else ""
 
 
 def _require_free(chosen: argparse.Namespace, taken: bool) -> None:
@@ -278,6 +312,8 @@ def _export(chosen: argparse.Namespace) -> None:
     if len(several := manifests_of(manifest)) > 1:
         manifest = _one_of(several, chosen.submodule)
         chosen.submodule = ""  # its names begin there
+    several = [manifest]
+    (manifest,), tensors = _chosen_adapter(several, tensors, chosen.adapter)
     prefix = f"{manifest['root']}." if manifest.get("root") else ""
     inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     model = skeleton(manifest, inner)
@@ -315,6 +351,7 @@ def _export(chosen: argparse.Namespace) -> None:
     count, rank = len(adapters), manifest["config"].get("rank", UORAConfig.rank)
     rank = min(rank, chosen.max_rank or rank)
     what = f"PEFT {FORMATS[chosen.format]} of rank {rank}, {count} {_layers(count)}"
+    what += _of_several(several, chosen.adapter)
     _wrote(chosen.out, what, *(chosen.out / name for name in PEFT_FILES))
     bare = [n for n, t in trained.items() if t.dim() == 2 and f"{n.rpartition('.')[0]}.bias" not in state]
     if bare and manifest.get("kind") != "full":

@@ -33,7 +33,7 @@ INSIDE = {
     "storage": (
         ("merging", "peft", "bank"),
         ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
-        ("placing", "low_rank"),
+        ("placing", "low_rank", "waiting"),
         ("restoring",),
         ("manifest", "fingerprints", "folders", "unpickling"),
     ),

@@ -139,7 +139,7 @@ def _one_rank(rank: int, work: Callable[[int, str, int], None], path: str, port:
     """Work, then leave without taking the group down.
 
     There torch 2.7 holds the GIL while it waits for a thread that may still be freeing the last object that
-    was gathered, and now and then waits for ever, with a barrier before it or without.
+    was gathered, and now and then waits for ever, with a barrier before it or without (seen by py-spy).
     """
     faulthandler.dump_traceback_later(RANKS_SECONDS - 20)
     work(rank, path, port)

@@ -27,7 +27,14 @@ from lightning_uora.adapters.functional import factored_flops, merged_flops
 from lightning_uora.adapters.kinds import Part, key_of
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.mixing import use_adapters
-from lightning_uora.adapters.names import named_buffers, named_modules, named_parameters, plain, unwrapped
+from lightning_uora.adapters.names import (
+    SHELF,
+    named_buffers,
+    named_modules,
+    named_parameters,
+    plain,
+    unwrapped,
+)
 from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
 from lightning_uora.adapters.own_rows import packed, unpacked
@@ -47,12 +54,13 @@ from lightning_uora.adapters.several import (
     settle_beside,
     undo,
 )
-from lightning_uora.adapters.shelf import activated, adapter_names, put_back, put_off, shelf_of
+from lightning_uora.adapters.shelf import Shelved, activated, adapter_names, put_back, put_off, shelf_of
 from lightning_uora.adapters.stacked import active_experts, has_experts, named_layers
 from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
 __all__ = [
     "OWNER",
+    "SHELF",
     "AdaptedAround",
     "AdaptedExperts",
     "AdaptedModule",
@@ -60,6 +68,7 @@ __all__ = [
     "Part",
     "Projections",
     "Selection",
+    "Shelved",
     "activated",
     "active_experts",
     "adapter_names",

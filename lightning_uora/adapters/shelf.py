@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_uora.adapters.attachments import Attachment, attachment_of
-from lightning_uora.adapters.layers import AdaptedModule, Adapter
+from lightning_uora.adapters.layers import AdaptedModule, Adapter, facts
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
@@ -39,6 +39,7 @@ class Shelved(nn.Module):
         super().__init__()
         self.projections, self.key = owner, key
         self.layers: list[tuple[str, Adapter]] = []
+        self.facts: dict[str, dict[str, Any]] = {}  # of each layer, in the order of their numbers
         self.trained: dict[str, str] = {}  # names in the model of what trained besides
         self.wanted: dict[str, bool] = {}  # which of its parameters want gradients when it is on
 
@@ -130,6 +131,8 @@ def put_last(root: nn.Module) -> None:
     """The shelf stands behind the adapter that computes, in state dicts too, and knows its A and B."""
     shelf = cast(Shelf, root._modules.pop(SHELF))
     shelf.__dict__["on"] = attachment_of(root, "adapters").owner
+    waiting = dict(shelf._modules)
+    shelf._modules = {name: waiting[name] for name in shelf.order if name in waiting}
     root._modules[SHELF] = shelf
 
 
@@ -209,7 +212,8 @@ def put_off(one: Attachment) -> None:
     item = Shelved(owner, cast(str, one.key))
     parameters = named_parameters(root, every=True)
     forget_resizing(one)
-    for name, layer in one.layers:
+    for name, layer in sorted(one.layers, key=lambda named: named[1].layer_index):
+        item.facts[name] = facts(layer)
         d, b, adapter = layer.uora_d, layer.uora_b, layer._uora
         unspecialise(layer)
         item.layers.append((name, adapter))

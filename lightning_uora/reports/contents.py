@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from lightning_uora.adapters import OWNER
+from lightning_uora.adapters import OWNER, SHELF
 
 __all__ = ["contents"]
 
@@ -34,6 +34,11 @@ def contents(
         table.add_row(path.name, f"{path.stat().st_size:,} bytes on disk")
     config = ", ".join(f"{name}={value!r}" for name, value in manifest["config"].items())
     table.add_row("configuration", config)
+    names = [manifest.get("adapter", "default"), *(one["adapter"] for one in manifest.get("waiting", ()))]
+    if len(names) > 1:
+        table.add_row(
+            "adapters", f"{names[0]} (computes), {', '.join(names[1:])}; all else here is of {names[0]}"
+        )
     table.add_row("adapted modules", _names(manifest["adapted"]))
     record = manifest["record"]
     rows = sum(len(chosen) for entry in record for chosen in entry["rows"].values())
@@ -68,10 +73,12 @@ def _bytes(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     prefix = f"{manifest['root']}." if manifest.get("root") else ""
     trained = {f"{prefix}{name}" for name in manifest["trained"]}
     sizes = {"d and b": 0, "A": 0, "B": 0, "record of the refreshes": 0}
-    sizes |= {"trained besides": 0, "the rest of the model": 0}
+    sizes |= {"trained besides": 0, "adapters that wait": 0, "the rest of the model": 0}
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] in ("uora_d", "uora_b"):
             kind = "d and b"
+        elif SHELF in name.split("."):
+            kind = "adapters that wait"
         elif OWNER in name.split("."):
             kind = {"A": "A", "B": "B"}.get(name.rpartition(".")[2][:1], "record of the refreshes")
         else:

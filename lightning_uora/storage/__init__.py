@@ -13,6 +13,7 @@ from lightning_uora.storage.manifest import manifests_of
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton
 from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import by_parameter, known_targets
+from lightning_uora.storage.waiting import in_use, names_in
 
 __all__ = [
     "AdapterBank",
@@ -20,12 +21,14 @@ __all__ = [
     "by_parameter",
     "detached_state",
     "export_peft",
+    "in_use",
     "is_adapter_folder",
     "known_targets",
     "load_adapter",
     "load_from_checkpoint",
     "manifests_of",
     "merge_state",
+    "names_in",
     "read",
     "read_checkpoint",
     "save_adapter",

@@ -19,6 +19,7 @@ from lightning_uora.adapters import (
     Attachment,
     Selection,
     attach_to,
+    attachment_of,
     attachments,
     is_adapted,
     named_buffers,
@@ -48,6 +49,15 @@ from lightning_uora.storage.restoring import (
     take_projections,
 )
 from lightning_uora.storage.unpickling import torch_modules_allowed, unpickled
+from lightning_uora.storage.waiting import (
+    describe_waiting,
+    names_in,
+    not_in,
+    projections_on_shelf,
+    put_waiting,
+    stored_on_shelf,
+    take_waiting,
+)
 
 __all__ = ["CheckpointHooks", "load_from_checkpoint", "read_checkpoint", "save_checkpoint"]
 
@@ -114,6 +124,7 @@ class CheckpointHooks:
             if self.kind == "adapter":
                 one.owner.require_calibrated("an adapter checkpoint")
             manifest = {**describe(one, base=self.kind == "adapter"), "kind": self.kind, "root": one.path}
+            manifest |= describe_waiting(one)
             if one.key != OWNER:
                 manifest["owner"] = one.key
             if self.kind == "full" and is_sharded(one.root):
@@ -126,7 +137,7 @@ class CheckpointHooks:
         if self.kind == "adapter":
             dropped = {f"{o.prefix}{n}" for o, m in zip(found, manifests, strict=True) for n in m["base"]}
             dropped |= self._packed(checkpoint["state_dict"])
-            owners = tuple(map(_owner_prefix, found))
+            owners = _all_owners(found)
             for name in STATES:
                 if name in checkpoint:
                     checkpoint[name] = {
@@ -136,6 +147,7 @@ class CheckpointHooks:
                     }
             for one in found:
                 stored = {f"{_owner_prefix(one)}{name}": A for name, A in one.owner.stored().items()}
+                stored |= stored_on_shelf(one)
                 checkpoint["state_dict"] = checkpoint["state_dict"] | stored
 
     def _packed(self, state: Mapping[str, Any]) -> set[str]:
@@ -184,13 +196,16 @@ class CheckpointHooks:
             return
         check_checkpoint(checkpoint, "the checkpoint")
         pairs = _paired(found, manifests_of(checkpoint["uora"]))
+        for one, manifest in pairs:
+            put_waiting(one, manifest)
         if any(manifest["kind"] == "adapter" for _, manifest in pairs):
             self._complete_adapters(checkpoint, pairs)
         else:
             _rebuild_missing(checkpoint["state_dict"], pairs)
         current = {plain(key): (key, value) for key, value in self.module.state_dict().items()}
         self._leave_packed(checkpoint, current)
-        owners = tuple(map(_owner_prefix, found))
+        owners = _all_owners(found)
+        absent = tuple(shelf for one, manifest in pairs for shelf in not_in(one, manifest))
         for name in STATES:
             if name in checkpoint:
                 state = {plain(key): value for key, value in checkpoint[name].items()}
@@ -198,7 +213,9 @@ class CheckpointHooks:
                 mine = {
                     key: value
                     for key, (_, value) in current.items()
-                    if "adapter" in kinds or (key.startswith(owners) and not _has_owner(state, owners))
+                    if "adapter" in kinds
+                    or key.startswith(absent)
+                    or (key.startswith(owners) and not _has_owner(state, owners))
                 }
                 known = {current[key][0] if key in current else key: value for key, value in state.items()}
                 checkpoint[name] = {current[key][0]: value for key, value in mine.items()} | known
@@ -222,11 +239,13 @@ class CheckpointHooks:
     def _complete_adapters(
         self, checkpoint: dict[str, Any], pairs: list[tuple[Attachment, dict[str, Any]]]
     ) -> None:
-        owners = tuple(_owner_prefix(one) for one, _ in pairs)
+        owners = _all_owners([one for one, _ in pairs])
+        absent = tuple(shelf for one, manifest in pairs for shelf in not_in(one, manifest))
         frozen = {f"{one.prefix}{name}" for one, manifest in pairs for name in manifest["base"]}
         own = {plain(key): value for key, value in self.module.state_dict().items()}
         beside = frozen | self._packed(own)
-        expected = {k: v for k, v in own.items() if k not in beside and not k.startswith(owners)}
+        left = (*owners, *absent)
+        expected = {k: v for k, v in own.items() if k not in beside and not k.startswith(left)}
         state = {plain(key): value for key, value in checkpoint["state_dict"].items()}
         check_keys(expected, {k: v for k, v in state.items() if not k.startswith(owners)})
         for one, manifest in pairs:
@@ -235,6 +254,7 @@ class CheckpointHooks:
             owner = _owner_prefix(one)
             given = {k.removeprefix(owner): v for k, v in state.items() if k.startswith(owner)}
             take_projections(one, manifest, given)
+            take_waiting(one, manifest, state)
         for name in STATES:
             if name in checkpoint:
                 checkpoint[name] = {
@@ -251,6 +271,11 @@ class CheckpointHooks:
 
 def _owner_prefix(one: Attachment) -> str:
     return f"{one.prefix}{one.key}."
+
+
+def _all_owners(found: list[Attachment]) -> tuple[str, ...]:
+    """What the keys of every A, B and record begin with, of adapters that wait too."""
+    return tuple(prefix for one in found for prefix in (_owner_prefix(one), *projections_on_shelf(one)))
 
 
 def _has_owner(state: Mapping[str, Any], owners: tuple[str, ...]) -> bool:
@@ -370,6 +395,7 @@ def load_from_checkpoint(
             chosen = Selection(tuple(manifest["adapted"]), tuple(manifest["trained"]))
             require_modules(root, manifest["adapted"])
             attach_to(root, config_of(manifest), chosen)
+            attachment_of(root, "load_from_checkpoint").owner.name = names_in(manifest)[0]
     hooks = CheckpointHooks(module, manifests[0]["kind"], base_mismatch)
     hooks.load(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=getattr(module, "strict_loading", True))

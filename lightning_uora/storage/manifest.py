@@ -59,6 +59,7 @@ def check_manifest(manifest: Any, where: str) -> None:
     try:
         manifest["record"] = unpacked(manifest["record"])
         _check_content(manifest)
+        _check_waiting(manifest, where)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{where} is damaged: {error or 'its content is not what it should be'}.") from error
 
@@ -140,6 +141,21 @@ def _check_content(manifest: dict[str, Any]) -> None:
         numbers = isinstance(prints, list) and all(isinstance(n, (int, float)) for n in prints[:2])
         _need(numbers and len(prints) >= 2, "a fingerprint")
     _need(all(len(prints) == 3 for prints in manifest["base"].values()), "a fingerprint of the base")
+
+
+def _check_waiting(manifest: dict[str, Any], where: str) -> None:
+    """The adapters that wait beside this one; see Note [Several adapters in a checkpoint]."""
+    waiting = manifest.get("waiting", [])
+    names = [manifest.get("adapter", "default"), *(one["adapter"] for one in waiting)]
+    for name in names:
+        _need(isinstance(name, str) and name != "" and "." not in name, f"the adapter's name {name!r}")
+    _need(len(set(names)) == len(names), "the names of the adapters")
+    _need(sorted(manifest.get("order", names)) == sorted(names), "the order of the adapters")
+    for one in waiting:
+        _need("waiting" not in one, "what waits beside an adapter that waits")
+        _need(sorted(one["besides"].values()) == sorted(one["trained"]), "what trained besides")
+        _need(all(key[:2] == "t_" for key in one["besides"]), "what trained besides")
+        check_manifest(one, where)
 
 
 def _need(right: bool, what: str) -> None:

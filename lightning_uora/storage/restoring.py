@@ -41,7 +41,7 @@ from lightning_uora.storage.manifest import VERSION
 
 __all__ = ["Mismatch", "adapter_state", "check_base", "check_keys", "check_names", "describe", "restore"]
 __all__ += ["few", "frozen_parameters", "quantised_prefixes", "require_finite", "require_modules"]
-__all__ += ["take_projections", "trained_state"]
+__all__ += ["take_projections", "told", "trained_state"]
 
 Mismatch = Literal["error", "warn"]
 
@@ -54,19 +54,26 @@ def describe(one: Attachment, base: bool = True) -> dict[str, Any]:
     """
     reshard_(one.root)
     adopt(one.root)
-    owner, layers = one.owner, dict(sorted(one.layers, key=lambda layer: layer[1].layer_index))
+    layers = dict(sorted(one.layers, key=lambda layer: layer[1].layer_index))
     _require_whole(one, layers)
+    known = {name: facts(module) for name, module in layers.items()}
+    manifest = told(one.owner, known, list(trained_names(one.root)))
+    return manifest | ({"base": _base_prints(one)} if base else {})
+
+
+def told(owner: Projections, layers: dict[str, Any], trained: list[str]) -> dict[str, Any]:
+    """A manifest without fingerprints of a base."""
     config = dataclasses.asdict(owner.config)
     return {
         "version": VERSION,
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         "adapted": list(layers),
-        "layers": {name: facts(module) for name, module in layers.items()},
-        "trained": list(trained_names(one.root)),
+        "layers": layers,
+        "trained": trained,
         "record": [dict(entry) for entry in owner.record],
         "calibrated": owner.calibrated,
         "projections": {name: fingerprint(buffer) for name, buffer in owner.matrices.items()},
-        "base": _base_prints(one) if base else {},
+        "base": {},
         **({"resized": list(owner.resized)} if owner.resized else {}),
     }
 

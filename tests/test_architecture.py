@@ -48,6 +48,8 @@ INSIDE = {
     "adapters": (
         ("several", "mixing"),
         ("attach",),
+        ("merged",),
+        ("several_layers",),
         ("shelf",),
         ("resizing",),
         ("attachments", "targets", "specialise"),

@@ -6,15 +6,13 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from lightning_uora.adapters.around import AdaptedAround
 from lightning_uora.adapters.attachments import (
     Attachment,
     is_adapted,
@@ -26,12 +24,14 @@ from lightning_uora.adapters.attachments import (
 )
 from lightning_uora.adapters.kinds import Part, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
+from lightning_uora.adapters.merged import exchange, merged, updates_of, updates_on, whose_heads_stay
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters, unwrapped
-from lightning_uora.adapters.offloaded import is_offloaded, runs_on
-from lightning_uora.adapters.opaque import dtype_of, is_opaque, plain_linear, tensors_of
+from lightning_uora.adapters.offloaded import runs_on
+from lightning_uora.adapters.opaque import dtype_of, is_opaque, tensors_of
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
-from lightning_uora.adapters.shelf import require_in_use, switch
+from lightning_uora.adapters.several_layers import LayerOf, layers_of
+from lightning_uora.adapters.shelf import require_known, switch, the_only
 from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import home, named_layers
 from lightning_uora.adapters.targets import Selection, select
@@ -137,7 +137,10 @@ def _keys() -> Iterator[str]:
 
 
 def detach_uora(
-    model: nn.Module, merge: bool = False, dequantize: bool = False, name: str | None = None
+    model: nn.Module,
+    merge: bool = False,
+    dequantize: bool = False,
+    name: str | Mapping[str, float] | None = None,
 ) -> None:
     """Undo :func:`attach_uora`: classes, state-dict keys and ``requires_grad`` are exactly as before.
 
@@ -151,14 +154,15 @@ def detach_uora(
             is theirs as it was; the merged one becomes the adapted module's own.
         dequantize: With ``merge``, put a plain ``nn.Linear`` in the place of every adapted quantised layer,
             in the dtype that its weight stands for: an update would be lost in the rounding of the quantised.
-        name: Of the adapter whose update is merged and whose heads stay; None: the one that computes.
+        name: Of the adapter whose update is merged and whose heads stay; None: the one that computes. A
+            mapping, such as ``{"one": 0.7, "two": 0.3}``, merges the weighted sum of their updates, which is
+            exact; heads stay of the one that has some.
 
     Raises:
         ValueError: The model is not adapted, or is sharded, or a merged weight is not finite (it names the
-            module), or an adapted layer is quantised and ``dequantize`` is False.
+            module), or an adapted layer is quantised and ``dequantize`` is False; adapters to be summed have
+            different heads. The model is then as it was.
     """
-    if name is not None:
-        switch(model, name)
     found = require_attachments(model, "detach_uora")
     if is_sharded(model):
         raise ValueError(
@@ -167,15 +171,24 @@ def detach_uora(
         )
     if dequantize and not merge:
         raise ValueError("dequantize=True is for merge=True: without it the layers stay as they were.")
-    plain: list[tuple[AdaptedModule, nn.Linear]] = []
-    if merge:
-        layers = {f"{one.prefix}{name}": module for one in found for name, module in one.layers}
-        around = {name: m for name, m in layers.items() if isinstance(m, AdaptedAround)}
-        plain = _merged_linears(model, around, dequantize)
-        _merge(model, {name: module for name, module in layers.items() if name not in around})
+    if isinstance(name, Mapping) and not merge:
+        raise ValueError("a mapping of names is for merge=True; without it name is one adapter's, or None.")
+    plain: list[tuple[nn.Module, nn.Linear]] = []
+    before = found[0].owner.name
+    try:
+        if name is not None:
+            switch(model, whose_heads_stay(model, name) if isinstance(name, Mapping) else name)
+            found = require_attachments(model, "detach_uora")
+        if merge:
+            updates = updates_of(found[0], name) if isinstance(name, Mapping) else updates_on(found)
+            plain = merged(model, updates, dequantize)
+    except BaseException:
+        if name is not None and found[0].owner.name != before:
+            switch(model, before)
+        raise
     for one in reversed(found):  # the first one knows how it was before all of them
         _detach(one)
-    _exchange(model, plain)
+    exchange(model, plain)
     for one in found:  # with it go those that waited
         one.root._modules.pop(SHELF, None)
     for _, copied in list(adapted_modules(model)):  # whose A and B are registered nowhere
@@ -196,83 +209,32 @@ def _detach(one: Attachment) -> None:
             p.requires_grad_(before)
 
 
-def _merged_linears(
-    model: nn.Module, around: dict[str, AdaptedAround], dequantize: bool
-) -> list[tuple[AdaptedModule, nn.Linear]]:
-    """What takes the place of each quantised layer."""
-    pairs: list[tuple[AdaptedModule, nn.Linear]] = []
-    for name, module in around.items():
-        if not dequantize:
-            raise ValueError(
-                f"module {name!r} ({module.original_class.__name__}) is quantised, and an update would be "
-                "lost in its rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear "
-                "layers."
-            )
-        if module is model:
-            raise ValueError("the model itself is a quantised layer; put it into a module to dequantise it.")
-        with torch.no_grad():
-            weight = (module.dequantised() + module.delta_weight()).to(dtype_of(module))
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"merging would put non-finite values into the weight of module {name!r}; nothing was merged."
-            )
-        pairs.append((module, plain_linear(module, weight)))
-    return pairs
-
-
-def _exchange(model: nn.Module, pairs: list[tuple[AdaptedModule, nn.Linear]]) -> None:
-    places = {id(old): new for old, new in pairs}
-    for module in list(model.modules()) if pairs else ():
-        for name, child in module._modules.items():
-            if id(child) in places:
-                module._modules[name] = places[id(child)]
-
-
-# Note [Shared weights]
-# A weight with several names is one parameter. Adapted in one module, the others read the base; so merging
-# may not write into it. The adapted module gets a parameter of its own, and the tie is cut.
-
-
-def _merge(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
-    away = next((name for name, module in adapters.items() if is_offloaded(module.home)), None)
-    if away is not None:
-        raise ValueError(
-            f"module {away!r} is offloaded, and a merged weight would be lost with its next forward; load "
-            "the model without offloading, load the adapter, and merge there. Nothing was merged."
-        )
-    merged: list[tuple[AdaptedModule, str, nn.Parameter, Tensor]] = []
-    with torch.no_grad():
-        for name, module in adapters.items():
-            for part, parameter, weight in module.merged_weights():
-                if not weight.isfinite().all():
-                    raise ValueError(
-                        f"merging would put non-finite values into the weight of module {name!r}; nothing "
-                        "was merged."
-                    )
-                merged.append((module, part, parameter, weight))
-        places = [p for m in model.modules() for p in m._parameters.values()]
-        uses = Counter(map(id, places))
-        for module, part, parameter, weight in merged:
-            if uses[id(parameter)] > 1:  # see Note [Shared weights]
-                module.home._parameters[part] = nn.Parameter(weight.clone(), parameter.requires_grad)
-            else:
-                parameter.copy_(weight)
-
-
-def named_adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, AdaptedModule]]:
+@overload
+def named_adapters(model: nn.Module, name: None = None) -> Iterator[tuple[str, AdaptedModule]]: ...
+@overload
+def named_adapters(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedModule | LayerOf]]: ...
+def named_adapters(
+    model: nn.Module, name: str | None = None
+) -> Iterator[tuple[str, AdaptedModule]] | Iterator[tuple[str, AdaptedModule | LayerOf]]:
     """(module name, adapted module) in model order; names are without what wrappers add.
 
-    Each module has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
+    Each has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
 
     Args:
         model: Any module.
-        name: Of the adapter that computes (None: whichever that is): one that waits has no modules.
+        name: Of an adapter; of one that waits come stand-ins for its modules, with these three. None: of what
+            computes.
 
     Raises:
-        ValueError: Another adapter computes, or none is called so.
+        ValueError: No adapter is called so.
     """
     if name is not None:
-        require_in_use(model, name)
+        require_known(model, name)
+        one = the_only(model, "named_adapters")
+        if one.owner.name != name:
+            found = layers_of(one, name)
+            yield from ((p, found[p]) for p in named_layers(one.root) if p in found)
+            return
     yield from ((name, m) for name, m in named_modules(model).items() if isinstance(m, AdaptedModule))
 
 

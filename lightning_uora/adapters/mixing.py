@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,11 @@ from lightning_uora.adapters.attachments import Attachment
 from lightning_uora.adapters.by_row import delta_by_row
 from lightning_uora.adapters.functional import factored_delta
 from lightning_uora.adapters.kinds import has_plain_forward
-from lightning_uora.adapters.layers import Adapter
-from lightning_uora.adapters.names import SHELF, named_modules, named_parameters
+from lightning_uora.adapters.names import named_modules, named_parameters
 from lightning_uora.adapters.offloaded import KEPT_FORWARD
 from lightning_uora.adapters.opaque import is_opaque
-from lightning_uora.adapters.own_rows import Own
-from lightning_uora.adapters.shelf import Shelved, require_known, the_only
+from lightning_uora.adapters.several_layers import LayerOf, item_of, layers_of, trained_with
+from lightning_uora.adapters.shelf import require_known, the_only
 from lightning_uora.adapters.stacked import Experts, named_layers
 
 __all__ = ["use_adapters"]
@@ -34,18 +33,6 @@ __all__ = ["use_adapters"]
 # samples with its weights in their place. The first axis of every input is the batch, or the batch times
 # something (beams, windows, tokens), sample after sample. Adapters that wait want gradients from the first
 # batch on that names them: a backward comes after the context.
-
-
-class Mine(NamedTuple):
-    """What an adapter has of a layer."""
-
-    adapter: Adapter
-    d: Tensor
-    b: Tensor
-
-    def sources(self, n: int) -> tuple[Tensor, Tensor, Own]:
-        """A, B and own rows."""
-        return self.adapter.owner.sources(n, self.adapter.m, self.adapter.index)
 
 
 @dataclass
@@ -139,22 +126,13 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             one.owner.disabled -= 1
 
 
-def _item(one: Attachment, name: str) -> Shelved:
-    return cast(Shelved, cast(nn.Module, one.root._modules[SHELF])._modules[name])
-
-
-def _layers(one: Attachment, chosen: list[str]) -> dict[str, dict[int, Mine]]:
+def _layers(one: Attachment, chosen: list[str]) -> dict[str, dict[int, LayerOf]]:
     """By layer and number of the adapter."""
-    found: dict[str, dict[int, Mine]] = {}
+    found: dict[str, dict[int, LayerOf]] = {}
     for number, name in enumerate(chosen):
-        if name == one.owner.name:
-            mine = {path: Mine(m._uora, m.uora_d, m.uora_b) for path, m in one.layers}
-        else:
-            item = _item(one, name)
-            item.wake()
-            get = cast("dict[str, Tensor]", item._parameters)
-            mine = {path: Mine(a, get[f"d_{a.index}"], get[f"b_{a.index}"]) for path, a in item.layers}
-        for path, what in mine.items():
+        if name != one.owner.name:
+            item_of(one, name).wake()
+        for path, what in layers_of(one, name).items():
             found.setdefault(path, {})[number] = what
     return found
 
@@ -164,12 +142,7 @@ def _swapped(one: Attachment, chosen: list[str]) -> dict[str, dict[int, dict[str
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     here = named_parameters(one.root, every=True)
     for number, name in enumerate(chosen):
-        if name == one.owner.name:
-            own: dict[str, Tensor] = {trained: here[trained] for trained in one.owner.trained}
-        else:
-            item = _item(one, name)
-            own = {trained: cast(Tensor, item._parameters[key]) for key, trained in item.trained.items()}
-        for trained, parameter in own.items():
+        for trained, parameter in trained_with(one, name, here).items():
             path, _, leaf = trained.rpartition(".")
             found.setdefault(path, {}).setdefault(number, {})[leaf] = parameter
     return found if set(chosen) - {one.owner.name} else {}
@@ -181,7 +154,7 @@ Forward = Callable[..., Any]
 def _forwards(
     one: Attachment,
     mix: Mix,
-    layers: dict[str, dict[int, Mine]],
+    layers: dict[str, dict[int, LayerOf]],
     swapped: dict[str, dict[int, dict[str, Tensor]]],
 ) -> dict[str, Forward]:
     """What each module computes instead, by its path."""
@@ -228,17 +201,17 @@ def _forward_of(module: nn.Module, forward: Forward) -> Iterator[None]:
 class Table:
     """Adapters that share A, B and dropout in a layer; ``place``: the row of each, the last for others."""
 
-    mine: list[Mine]
+    mine: list[LayerOf]
     place: Tensor
     dropout: float
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """D (K + 1, r) and b (K + 1, m), the last rows zero."""
-        D, b = [one.d for one in self.mine], [one.b for one in self.mine]
+        D, b = [one.uora_d for one in self.mine], [one.uora_b for one in self.mine]
         return torch.stack([*D, torch.zeros_like(D[0])]), torch.stack([*b, torch.zeros_like(b[0])])
 
 
-def _tables(mine: dict[int, Mine], n: int, count: int) -> tuple[list[Table], list[int]]:
+def _tables(mine: dict[int, LayerOf], n: int, count: int) -> tuple[list[Table], list[int]]:
     """Those that share, and those with rows of their own."""
     found: dict[tuple[int, int, float], list[int]] = {}
     alone: list[int] = []
@@ -262,7 +235,7 @@ def _by_row(
     module: nn.Module,
     path: str,
     mix: Mix,
-    mine: dict[int, Mine],
+    mine: dict[int, LayerOf],
     shared: tuple[list[Table], list[int]],
     x: Tensor,
     *args: Any,
@@ -284,13 +257,13 @@ def _by_row(
             A, B, own = mine[number].sources(part.n)
             rows = x.reshape(-1, part.n)[here]
             dropped = nn.functional.dropout(rows, mine[number].adapter.owner.config.dropout, module.training)
-            delta = factored_delta(dropped, A, B, *mine[number][1:], own)
+            delta = factored_delta(dropped, A, B, mine[number].uora_d, mine[number].uora_b, own)
             flat = out.reshape(-1, out.shape[-1])
             out = flat.index_add(0, here, delta.to(out.dtype)).reshape(out.shape)
     return out
 
 
-Children = dict[str, tuple[nn.Module, dict[int, Mine], dict[int, dict[str, Tensor]]]]
+Children = dict[str, tuple[nn.Module, dict[int, LayerOf], dict[int, dict[str, Tensor]]]]
 
 
 def _by_adapter(module: nn.Module, path: str, mix: Mix, children: Children, *args: Any, **kwargs: Any) -> Any:
@@ -315,11 +288,11 @@ def _by_adapter(module: nn.Module, path: str, mix: Mix, children: Children, *arg
     return _joined(outs, size, path)
 
 
-def _effective(module: nn.Module, mine: Mine) -> dict[str, Tensor]:
+def _effective(module: nn.Module, mine: LayerOf) -> dict[str, Tensor]:
     found = {}
     for name, part in mine.adapter.parts.items():
         A, B, own = mine.sources(part.n)
-        found[name] = part.delta(cast(Tensor, module._parameters[name]), A, B, mine.d, mine.b, own)
+        found[name] = part.delta(cast(Tensor, module._parameters[name]), A, B, mine.uora_d, mine.uora_b, own)
     return found
 
 

@@ -21,7 +21,7 @@ from lightning_uora.adapters.stacked import named_layers
 from lightning_uora.distributed import is_sharded
 
 __all__ = ["Shelf", "Shelved", "activated", "adapter_names", "put_back", "put_last", "put_off"]
-__all__ += ["replace_parameter", "require_in_use", "require_known", "shelf_of", "switch", "the_only"]
+__all__ += ["replace_parameter", "require_known", "shelf_of", "switch", "the_only"]
 
 # Note [Adapters on a shelf]
 # An adapter is its owner (A, B, own rows, record), d and b of its layers, and what trained besides: heads,
@@ -196,14 +196,6 @@ def switch(model: nn.Module, name: str) -> None:
     if one.owner.name != name:
         put_off(one)
         put_back(one.root, name)
-
-
-def require_in_use(model: nn.Module, name: str) -> None:
-    """Raise ``ValueError`` unless the adapter of that name is the one that computes."""
-    require_known(model, name)
-    now = the_only(model, "an adapter by its name").owner.name
-    if now != name:
-        raise ValueError(f"{now!r} computes, and {name!r} waits; call set_adapter(model, {name!r}) first.")
 
 
 def put_off(one: Attachment) -> None:

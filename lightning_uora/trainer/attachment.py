@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_uora.adapters import (
+    SHELF,
     Attachment,
     Projections,
     adapter_names,
@@ -93,7 +94,8 @@ def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: T
         for one in attachments_of(pl_module, own.config):
             one.owner.name = own.adapter_name
     mine = [one.owner for one in attachments_of(pl_module, own.config)]
-    for owner in mine:
+    waiting = (m for name, m in pl_module.named_modules() if SHELF in name.split("."))
+    for owner in (*mine, *(m for m in waiting if isinstance(m, Projections))):
         _keep_from_travelling(pl_module, owner)
     CheckpointHooks(pl_module, own.checkpoint, look=look_at_checkpoint).install()
     told(pl_module, mine)

@@ -47,7 +47,7 @@ INSIDE = {
     "reinit": (("schedule",), ("refresh",), ("growth", "known_rows"), ("weakness", "rotation")),
     "adapters": (
         ("several", "mixing"),
-        ("attach",),
+        ("attach", "mixing_experts"),
         ("merged",),
         ("several_layers",),
         ("shelf",),

@@ -30,7 +30,7 @@ from lightning_uora.adapters.offloaded import runs_on
 from lightning_uora.adapters.opaque import dtype_of, is_opaque, tensors_of
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
-from lightning_uora.adapters.several_layers import LayerOf, layers_of
+from lightning_uora.adapters.several_layers import LayerOf, layers_of, trained_with
 from lightning_uora.adapters.shelf import require_known, switch, the_only
 from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import home, named_layers
@@ -239,7 +239,11 @@ def named_adapters(
 
 
 def param_groups(
-    model: nn.Module, lr: float, vector_lr: float, weight_decay: float | None = None
+    model: nn.Module,
+    lr: float,
+    vector_lr: float,
+    weight_decay: float | None = None,
+    name: str | None = None,
 ) -> list[dict[str, object]]:
     """What trains, as groups for an optimizer: the vectors d and b at a rate of their own, not decayed.
 
@@ -251,9 +255,11 @@ def param_groups(
         lr: Learning rate of what trains besides the vectors (the head, biases).
         vector_lr: Learning rate of d and b: about 1e-2 under AdamW, whatever ``lr`` is.
         weight_decay: For all but the vectors; None: the optimizer's own.
+        name: Of one of several adapters, whether it computes or waits, to train several at once; its groups
+            are then called ``"NAME/others"`` and ``"NAME/uora_vectors"``.
 
     Raises:
-        ValueError: Nothing trains.
+        ValueError: Nothing trains, or no adapter has that name.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -261,12 +267,21 @@ def param_groups(
         >>> [(len(group["params"]), group["lr"]) for group in param_groups(model, 1e-3, 3e-2)]
         [(2, 0.001), (2, 0.03)]
     """
-    vectors = {id(v) for v in vectors_in(model)}
-    trained = list(trained_parameters(model).values())
+    if name is None:
+        vectors = {id(v) for v in vectors_in(model)}
+        trained: list[Tensor] = list(trained_parameters(model).values())
+    else:
+        require_known(model, name)
+        one = the_only(model, "param_groups")
+        own = [v for layer in layers_of(one, name).values() for v in (layer.uora_d, layer.uora_b)]
+        vectors = set(map(id, own))
+        trained = own + list(trained_with(one, name, named_parameters(one.root, every=True)).values())
+        trained = list({id(p): p for p in trained}.values())
+    of = "" if name is None else f"{name}/"
     groups: list[dict[str, object]] = [
-        {"name": "others", "params": [p for p in trained if id(p) not in vectors], "lr": lr},
+        {"name": f"{of}others", "params": [p for p in trained if id(p) not in vectors], "lr": lr},
         {
-            "name": "uora_vectors",
+            "name": f"{of}uora_vectors",
             "params": [p for p in trained if id(p) in vectors],
             "lr": vector_lr,
             "weight_decay": 0.0,

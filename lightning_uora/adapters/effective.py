@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["EffectiveWeight", "effective"]
+__all__ = ["EffectiveWeight", "effective", "mixed_weight"]
 
 # Note [Writing to an effective weight]
 # What is read is W + ΔW. Whoever writes X there means the layer to compute with X, so the base becomes X - ΔW
@@ -56,6 +56,44 @@ def effective(weight: Tensor, sink: Callable[[Tensor], None]) -> EffectiveWeight
     result = weight.as_subclass(EffectiveWeight)
     result.uora_sink = sink
     return result
+
+
+# Note [Weights in a mixed batch]
+# There is no one effective weight there. A module computes by row in its own forward; another module that
+# takes its weight gets a tensor that says what it is (dtype, device, shape), and refuses to be computed with
+# instead of being the base's in silence. Fused paths of torch step aside for such a tensor.
+
+
+class MixedWeight(Tensor):
+    """A base weight that may be looked at. See Note [Weights in a mixed batch]."""
+
+    uora_of: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Only what describes a tensor."""
+        name = getattr(func, "__name__", "")
+        if name in DESCRIBE or (name == "__get__" and func.__self__.__name__ in DESCRIBE):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        named = next((a.uora_of for a in args if isinstance(a, MixedWeight)), "an adapted module")
+        raise ValueError(
+            f"the weight of {named!r} is read by another module, and in a mixed batch every sample has its "
+            "own; exclude it from the adapters by exclude_modules, or give use_adapters one name at a time."
+        )
+
+
+_IS = "is_leaf is_meta is_cuda is_cpu is_sparse is_quantized is_nested is_mkldnn is_xpu is_mps is_sparse_csr"
+_HAS = "dtype device shape layout ndim requires_grad grad_fn _version size dim numel stride nelement"
+_TELLS = "is_floating_point is_contiguous is_complex element_size get_device __len__ __hash__"
+DESCRIBE = frozenset(f"{_IS} {_HAS} {_TELLS}".split())
+
+
+def mixed_weight(W: Tensor, of: str) -> MixedWeight:
+    """``W`` as one that refuses to be computed with."""
+    found = W.detach().as_subclass(MixedWeight)
+    found.uora_of = of
+    return found
 
 
 def _writing(name: str) -> Callable[..., Any]:

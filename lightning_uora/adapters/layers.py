@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_uora.adapters.effective import EffectiveWeight, effective
+from lightning_uora.adapters.effective import EffectiveWeight, effective, mixed_weight
 from lightning_uora.adapters.freshness import Kept, keepable
 from lightning_uora.adapters.functional import compute_dtype
 from lightning_uora.adapters.kinds import CONVOLUTIONS, Part, has_plain_forward
@@ -58,6 +58,8 @@ class Adapter:
         raw: Reads and assignments of the adapted parameters are of the base (a state dict's, a hook's).
         before: Attributes of a quantised module as they were.
         norm: Of a quantised weight, once it was asked for.
+        mixed: Of experts: it computes in a mixed batch, in which its owner is switched off.
+        reading: In a mixed batch: its own forward runs, see Note [Weights in a mixed batch].
     """
 
     owner: Projections
@@ -70,6 +72,8 @@ class Adapter:
     raw: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     norm: Tensor | None = None
+    mixed: bool = False
+    reading: int = 0
 
     @property
     def m(self) -> int:
@@ -179,7 +183,8 @@ class AdaptedModule(nn.Module):
             adapter.sharded = True
             return W
         if W is None or adapter.owner.disabled or adapter.raw:
-            return W
+            stray = W is not None and adapter.owner.mixing and not (adapter.raw or adapter.reading)
+            return mixed_weight(W, adapter.owner.adapted[adapter.index]) if W is not None and stray else W
         if W.numel() != adapter.parts[name].m * adapter.parts[name].n and not adapter.sharded:
             self._uora_refuse_shape(name, W)
         adapter.base[name] = W

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,23 +16,30 @@ from lightning_uora.adapters.attachments import Attachment
 from lightning_uora.adapters.by_row import delta_by_row
 from lightning_uora.adapters.functional import factored_delta
 from lightning_uora.adapters.kinds import has_plain_forward
+from lightning_uora.adapters.layers import AdaptedModule
+from lightning_uora.adapters.mixing_experts import blocks_in, computing, require_no_records, stand_ready
 from lightning_uora.adapters.names import named_modules, named_parameters
 from lightning_uora.adapters.offloaded import KEPT_FORWARD
 from lightning_uora.adapters.opaque import is_opaque
+from lightning_uora.adapters.projections import Projections
 from lightning_uora.adapters.several_layers import LayerOf, item_of, layers_of, trained_with
 from lightning_uora.adapters.shelf import require_known, the_only
 from lightning_uora.adapters.stacked import Experts, named_layers
 
 __all__ = ["use_adapters"]
 
+PLAIN = (Tensor, bool, int, float, str, tuple, list)
+"""What a block is given that can be split into samples, or is the same for all."""
+
 # Note [How a batch is mixed]
 # Inside the context every layer that one of the named adapters has computes its base once, and the updates by
 # row: adapters that share A and B are two tables, whatever their number, see Note [Two products for all
 # rows]; one with rows or axes of its own is two small products for its samples. Layers that have no factored
 # form (convolutions, attention), and what trained besides (heads), compute once for each adapter on its
-# samples with its weights in their place. The first axis of every input is the batch, or the batch times
-# something (beams, windows, tokens), sample after sample. Adapters that wait want gradients from the first
-# batch on that names them: a backward comes after the context.
+# samples with its weights in their place; so do mixtures of experts, see Note [Experts in a mixed batch]. The
+# first axis of every input is the batch, or the batch times something (beams, windows, tokens), sample after
+# sample. Adapters that wait want gradients from the first batch on that names them: a backward comes after
+# the context.
 
 
 @dataclass
@@ -43,9 +50,21 @@ class Mix:
     names: list[str]
     on: dict[torch.device, Tensor] = field(default_factory=dict)
     generating: int = 0
+    blocks: bool = False
+
+    @contextmanager
+    def only(self, number: int) -> Iterator[None]:
+        """Inside, the batch is of one adapter, however its rows are sorted."""
+        before, self.index, self.on = (self.index, self.on), torch.tensor([number]), {}
+        try:
+            yield
+        finally:
+            self.index, self.on = before
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The batch that the model gets: of another length only under ``generate``, by beams."""
+        if self.blocks and len(set(self.index.tolist())) > 1:
+            require_no_records(module, kwargs)
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if first is not None and first.shape[0] != len(self.index) and not self.generating:
             raise ValueError(
@@ -86,9 +105,9 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         names: One for each sample, along the first axis of every input.
 
     Raises:
-        ValueError: No adapter has that name; no name is given; a layer cannot be mixed (experts, attention
-            that is not batch first); in a forward: a batch of another size (the model's, where it is what
-            adapters were attached to; inside of ``generate`` a multiple), heads of different shapes.
+        ValueError: No adapter has that name; no name is given; a layer cannot be mixed (attention that is
+            not batch first); in a forward: a batch of another size (the model's, where it is what adapters
+            were attached to; inside of ``generate`` a multiple), heads of different shapes, routers' outputs.
 
     Example:
         >>> from lightning_uora import UORAConfig, add_adapter, attach_uora
@@ -110,8 +129,14 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     numbers = {name: number for number, name in enumerate(chosen)}
     mix = Mix(torch.tensor([-1 if name is None else numbers[name] for name in names]), chosen)
     layers, swapped = _layers(one, chosen), _swapped(one, chosen)
+    blocks = blocks_in(layers, named_layers(one.root))
+    mix.blocks = bool(blocks)
     with ExitStack() as undo:
         modules = named_modules(one.root)
+        undo.enter_context(stand_ready(layers))
+        for path, paths in blocks.items():
+            held = [(layers[stack], next(iter(layers[stack].values())).module) for stack in paths]
+            undo.enter_context(_forward_of(modules[path], partial(_by_block, modules[path], path, mix, held)))
         for path, forward in _forwards(one, mix, layers, swapped).items():
             undo.enter_context(_forward_of(modules[path], forward))
         undo.callback(one.root.register_forward_pre_hook(mix.check, with_kwargs=True).remove)
@@ -119,11 +144,22 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             if callable(getattr(type(module), "generate", None)) and "generate" not in module.__dict__:
                 module.__dict__["generate"] = partial(mix.generate, module)
                 undo.callback(module.__dict__.pop, "generate")
-        one.owner.disabled += 1
-        try:
-            yield
-        finally:
-            one.owner.disabled -= 1
+        owners = {mine.adapter.owner for by_number in layers.values() for mine in by_number.values()}
+        undo.enter_context(_switched_off({one.owner, *owners}))
+        yield
+
+
+@contextmanager
+def _switched_off(owners: Iterable[Projections]) -> Iterator[None]:
+    """Inside, layers compute their base; who takes their weights is told."""
+    before = [(owner, owner.mixing) for owner in owners]
+    for owner, _ in before:
+        owner.disabled, owner.mixing = owner.disabled + 1, True
+    try:
+        yield
+    finally:
+        for owner, mixing in before:
+            owner.disabled, owner.mixing = owner.disabled - 1, mixing
 
 
 def _layers(one: Attachment, chosen: list[str]) -> dict[str, dict[int, LayerOf]]:
@@ -163,8 +199,8 @@ def _forwards(
     for path in dict.fromkeys((*layers, *swapped)):
         module, mine, besides = modules[path], layers.get(path, {}), swapped.get(path, {})
         kind = getattr(type(module), "uora_original", type(module))
-        if isinstance(module, Experts):
-            raise ValueError(f"experts {path!r} cannot be mixed in a batch: they see tokens, not samples.")
+        if isinstance(module, Experts):  # see Note [Experts in a mixed batch]
+            continue
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             raise ValueError(f"attention {path!r} is not batch first, and cannot be mixed in a batch.")
         if path in inside:
@@ -241,7 +277,8 @@ def _by_row(
     *args: Any,
 ) -> Tensor:
     """The base, and all updates by row."""
-    out: Tensor = type(module).forward(module, x, *args)
+    with _reading([module]):
+        out: Tensor = type(module).forward(module, x, *args)
     (part,) = next(iter(mine.values())).adapter.parts.values()
     samples = mix.rows(x, len(mix.index), f"layer {path!r}")
     for table in shared[0]:
@@ -284,8 +321,49 @@ def _by_adapter(module: nn.Module, path: str, mix: Mix, children: Children, *arg
                 if number in layers:
                     weights |= _effective(child, layers[number])
                 undo.enter_context(_parameters_of(child, weights))
+            undo.enter_context(_reading(child for child, *_ in children.values()))
             outs.append((here, type(module).forward(module, *given, **named)))
-    return _joined(outs, size, path)
+    return _joined(outs, path)
+
+
+@contextmanager
+def _reading(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, modules may read their weights; see Note [Weights in a mixed batch]."""
+    adapters = [m._uora for m in modules if isinstance(m, AdaptedModule)]
+    for adapter in adapters:
+        adapter.reading += 1
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.reading -= 1
+
+
+Stacks = list[tuple[dict[int, LayerOf], nn.Module]]
+
+
+def _by_block(module: nn.Module, path: str, mix: Mix, stacks: Stacks, *args: Any, **kwargs: Any) -> Any:
+    """A block around experts once for each adapter; see Note [Experts in a mixed batch]."""
+    first = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    index, size = mix.rows(first, first.shape[0], f"block {path!r}"), first.shape[0]
+    numbers = sorted(set(index.tolist()))
+    strange = [type(v).__name__ for v in (*args, *kwargs.values()) if not isinstance(v, (*PLAIN, type(None)))]
+    if strange and len(numbers) > 1:
+        raise ValueError(
+            f"block {path!r} around experts is given a {strange[0]}, which cannot be split into the samples "
+            "of each adapter; give use_adapters one name."
+        )
+    outs: list[tuple[Tensor, Any]] = []
+    for number in numbers:
+        here = (index == number).nonzero().flatten()
+
+        def mine(t: Tensor, here: Tensor = here) -> Tensor:
+            return t[here] if len(numbers) > 1 and t.dim() and t.shape[0] == size else t
+
+        given, named = tree_map_only(Tensor, mine, (args, kwargs))
+        with mix.only(number), computing((stack, layers.get(number)) for layers, stack in stacks):
+            outs.append((here, type(module).forward(module, *given, **named)))
+    return outs[0][1] if len(outs) == 1 else _joined(outs, path)
 
 
 def _effective(module: nn.Module, mine: LayerOf) -> dict[str, Tensor]:
@@ -306,19 +384,27 @@ def _parameters_of(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[No
         module._parameters.update(before)
 
 
-def _joined(outs: list[tuple[Tensor, Any]], size: int, path: str) -> Any:
-    """Outputs of all samples in their order."""
+def _joined(outs: list[tuple[Tensor, Any]], path: str) -> Any:
+    """Outputs of all samples in their order; a sample may be several rows."""
     first = outs[0][1]
     if isinstance(first, (tuple, list)):
         return type(first)(
-            None if part is None else _joined([(here, out[k]) for here, out in outs], size, path)
+            None if part is None else _joined([(here, out[k]) for here, out in outs], path)
             for k, part in enumerate(first)
         )
+    whole = all(isinstance(out, Tensor) and out.dim() and out.shape[0] % len(here) == 0 for here, out in outs)
+    if not whole:
+        what = type(first).__name__ if not isinstance(first, Tensor) else f"a tensor {tuple(first.shape)}"
+        raise ValueError(f"{path!r} puts out {what}, which is not of single samples, and cannot be mixed.")
     shapes = {tuple(out.shape[1:]) for _, out in outs}
     if len(shapes) > 1:
         told = ", ".join(map(str, sorted(shapes)))
         raise ValueError(
             f"{path!r} puts out {told} for different adapters; a batch mixes those of one shape."
         )
-    order = torch.cat([here for here, _ in outs]).argsort()
+    rows = []
+    for here, out in outs:
+        per = out.shape[0] // len(here)
+        rows.append((here[:, None] * per + torch.arange(per, device=here.device)).flatten())
+    order = torch.cat(rows).argsort()
     return torch.cat([out for _, out in outs])[order]

@@ -106,6 +106,7 @@ class Projections(nn.Module):
         self.config = config
         self.name = "default"  # of the adapter
         self.disabled = 0
+        self.mixing = False  # switched off by a mixed batch
         self.set_off = False  # by set_adapter(model, None)
         self.displaced: dict[str, nn.Parameter] = {}  # by what trains besides, see Note [Adapters on a shelf]
         self.requires_grad_before: dict[str, bool] = {}

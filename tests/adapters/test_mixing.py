@@ -16,6 +16,7 @@ from lightning_uora import (
     add_adapter,
     attach_uora,
     named_adapters,
+    param_groups,
     refresh,
     set_adapter,
     use_adapters,
@@ -177,7 +178,11 @@ def test_adapters_trained_side_by_side_end_where_each_ends_alone():
     base, x = copy.deepcopy(model), inputs(4, 7)
     goal = torch.randn(6, 3, dtype=torch.double)
     names = ["default", "second", "third"] * 2
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    groups = [group for name in names[:3] for group in param_groups(model, 0.05, 0.05, 0.01, name)]
+    assert [group["name"] for group in groups[:2]] == ["default/others", "default/uora_vectors"]
+    for group in groups:
+        group["weight_decay"] = 0.01
+    optimizer = torch.optim.AdamW(groups, lr=0.05)
     for _ in range(4):
         optimizer.zero_grad()
         with use_adapters(model, names):
@@ -315,14 +320,79 @@ def test_what_cannot_be_mixed_is_one_line_and_the_model_as_it_was(kind: str):
     assert model.uora_projections.disabled == 0
 
 
-def test_experts_and_attention_that_is_not_batch_first_are_refused_by_name():
+def test_attention_that_is_not_batch_first_is_refused_by_name():
     model = Attends(batch_first=False)
     attach_uora(model, UORAConfig(rank=4, target_modules="attention"))
     with pytest.raises(ValueError, match="attention 'attention' is not batch first"):
         enter(model, ["default"])
-    from tests.adapters.test_experts import Block
 
-    block = Block()
-    attach_uora(block, UORAConfig(rank=4, target_modules=["experts"], trainable_modules=()))
-    with pytest.raises(ValueError, match=r"experts 'experts.up_proj' cannot be mixed"):
-        enter(block, ["default"])
+
+class Reads(Net):
+    """Takes the weight of its layer, and asks what it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows.weight
+        assert rows.dtype == x.dtype
+        assert rows.shape == (5, 6) and rows.size(0) == 5 and rows.device == x.device
+        h = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(nn.functional.linear(h, rows, self.rows.bias).mean(1))
+
+
+def test_a_weight_that_another_module_computes_with_is_refused_instead_of_the_base():
+    torch.manual_seed(0)
+    model = three(Reads().double(), LINEAR)
+    x = inputs(4, 7)["x"]
+    before = model(x)
+    with (
+        use_adapters(model, NAMES),
+        pytest.raises(ValueError, match="the weight of 'rows' is read by another"),
+    ):
+        model(x)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torchs_encoder_layers_mix_where_they_would_take_a_fused_path(training: bool):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().train(training)
+    three(model, UORAConfig(4, "all", trainable_modules=()))
+    x = torch.randn(6, 3, 8, dtype=torch.double)
+    with torch.no_grad():
+        wanted = alone(model, lambda m, s: m(s["src"]), {"src": x}, NAMES)
+        with use_adapters(model, NAMES):
+            torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_model_mixes(backend: str):
+    torch.manual_seed(0)
+    model = three(Net(), LINEAR)
+    x = inputs(4, 7)["x"].float()
+    compiled = torch.compile(model, backend=backend)
+    for names in (NAMES, NAMES[::-1]):
+        grads = []
+        for one in (model, compiled):
+            model.zero_grad()
+            with use_adapters(model, names):
+                out = one(x)
+                out.square().sum().backward()
+            grads.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        for found, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(found, wanted)
+    set_adapter(model, "default")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_autocast_mixes_as_each_sample_does():
+    torch.manual_seed(0)
+    model = three(Net(), LINEAR)
+    x = {"x": inputs(4, 7)["x"].float()}
+    names = [name or "default" for name in NAMES]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = alone(model, call, x, names)
+        with use_adapters(model, names):
+            found = call(model, x)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.03)

@@ -47,8 +47,8 @@ INSIDE = {
     "reinit": (("schedule",), ("refresh",), ("growth", "known_rows"), ("weakness", "rotation")),
     "adapters": (
         ("several", "mixing"),
-        ("attach", "mixing_experts"),
-        ("merged",),
+        ("attach", "mixed_layers"),
+        ("merged", "mixing_experts"),
         ("several_layers",),
         ("shelf",),
         ("resizing",),

@@ -17,7 +17,7 @@ from lightning_uora.adapters.functional import (
 )
 from lightning_uora.adapters.own_rows import NOTHING, Own
 
-__all__ = ["delta_by_row"]
+__all__ = ["add_by_row_", "delta_by_row"]
 
 # Note [Two products for all rows]
 # Adapters that share A and B differ in two thin vectors. Kept as tables D (K, r) and b (K, m), a batch whose
@@ -119,3 +119,26 @@ def delta_by_row(
     out, _ = _DeltaByRow.apply(x, index, A, B, D, b, dtype, *own)
     result: Tensor = out
     return result
+
+
+def add_by_row_(
+    out: Tensor, x: Tensor, index: Tensor, A: Tensor, B: Tensor, D: Tensor, b: Tensor, own: Own = NOTHING
+) -> bool:
+    """Add :func:`delta_by_row` to ``out`` (..., m) in its memory, without gradients.
+
+    Returns:
+        Whether that was done; not where dtypes differ or ``out`` is no plain memory of its own.
+    """
+    dtype = compute_dtype(x.device, x.dtype)
+    if (
+        not (out.dtype == dtype == b.dtype)
+        or not out.is_contiguous()
+        or out.is_inference() != x.is_inference()
+    ):
+        return False
+    A, B = as_layer_has(A, B, own)
+    with no_autocast(x.device):
+        y = _up(flat_rows(x).to(dtype) @ A.to(dtype).t(), D[index], B, dtype)
+    samples = len(index)
+    out.view(samples, -1, b.shape[1]).addcmul_(y.view(samples, -1, b.shape[1]), b[index][:, None])
+    return True

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from lightning_uora.adapters.stacked import home, named_layers
 __all__ = ["LayerOf", "item_of", "layers_of", "trained_with"]
 
 
-@dataclass(frozen=True, eq=False)
-class LayerOf:
+class LayerOf(NamedTuple):
     """One adapter in one layer.
 
     Attributes:
@@ -61,11 +59,11 @@ def item_of(one: Attachment, name: str) -> Shelved:
     return cast(Shelved, cast(nn.Module, one.root._modules[SHELF])._modules[name])
 
 
-def layers_of(one: Attachment, name: str) -> dict[str, LayerOf]:
-    """The layers of an adapter at this root, by path."""
+def layers_of(one: Attachment, name: str, here: dict[str, nn.Module] | None = None) -> dict[str, LayerOf]:
+    """The layers of an adapter at this root, by path; ``here`` are its :func:`named_layers`, if known."""
     if name == one.owner.name:
         return {path: LayerOf(m, m._uora, m.uora_d, m.uora_b) for path, m in one.layers}
-    item, here = item_of(one, name), named_layers(one.root)
+    item, here = item_of(one, name), named_layers(one.root) if here is None else here
     get = cast("dict[str, Tensor]", item._parameters)
     return {p: LayerOf(here[p], a, get[f"d_{a.index}"], get[f"b_{a.index}"]) for p, a in item.layers}
 

@@ -57,6 +57,9 @@ class Shelved(nn.Module):
 
     def wake(self) -> None:
         """Let its parameters want gradients where they do on the model."""
+        first = next((name for name, wants in self.wanted.items() if wants), None)
+        if first is not None and cast(nn.Parameter, self._parameters[first]).requires_grad:
+            return  # awake: all sleep and wake together
         for name, wants in self.wanted.items():
             cast(nn.Parameter, self._parameters[name]).requires_grad_(wants)
 

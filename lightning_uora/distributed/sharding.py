@@ -18,7 +18,7 @@ __all__ = ["edited", "is_sharded", "like", "reshard_", "whole"]
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a parameter of the model is split over ranks."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(isinstance(p, DTensor) for m in model.modules() for p in m._parameters.values())
 
 
 def whole(t: Tensor) -> Tensor:

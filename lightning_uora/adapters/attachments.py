@@ -135,14 +135,19 @@ def trained_names(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def vectors_in(model: nn.Module) -> list[nn.Parameter]:
     """D and b of every adapted module whose A and B are in ``model``, in model order, each once."""
-    layers = [layer for one in attachments(model) for _, layer in one.layers]
-    return list(dict.fromkeys(v for layer in layers for v in (layer.uora_d, layer.uora_b)))
+    return _vectors_of(attachments(model))
+
+
+def _vectors_of(found: list[Attachment]) -> list[nn.Parameter]:
+    layers = [layer for one in found for _, layer in one.layers]
+    return list({id(v): v for layer in layers for v in (layer.uora_d, layer.uora_b)}.values())
 
 
 def recorded_ids(model: nn.Module) -> set[int]:
     """Identities of d, b and what is written down to train in ``model``; see Note [What trains]."""
-    found, every = {id(v) for v in vectors_in(model)}, named_parameters(model, every=True)
-    for one in attachments(model):
+    there, every = attachments(model), named_parameters(model, every=True)
+    found = {id(v) for v in _vectors_of(there)}
+    for one in there:
         inside = [n.removeprefix(one.within) for n in one.owner.trained if n.startswith(one.within)]
         names = [f"{one.prefix}{name}" for name in inside] + one.owner.outside.get(one.prefix, [])
         found |= {id(every[name]) for name in names if name in every}
@@ -150,7 +155,8 @@ def recorded_ids(model: nn.Module) -> set[int]:
 
 
 def _trained_ids(model: nn.Module) -> set[int]:
-    return recorded_ids(model) | {id(p) for p in model.parameters() if p.requires_grad}
+    wanting = (p for m in named_modules(model).values() for p in m._parameters.values() if p is not None)
+    return recorded_ids(model) | {id(p) for p in wanting if p.requires_grad}
 
 
 def adopt(model: nn.Module) -> None:

@@ -36,27 +36,31 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by plain name, in model order, each once; of a wrapper and what it wraps the latter."""
-    return {name: module for _, name, module in _walk(model)}
+    return dict(_walk(model))
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """(real name, plain name, module)."""
-    plains, parents = {"": ""}, {"": model}
-    for name, module in model.named_modules():
-        if name:
-            parent, _, leaf = name.rpartition(".")
-            if leaf == SHELF or parent not in parents:
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(plain name, module) in the order of ``nn.Module.named_modules``, without recursion: often asked."""
+    seen, waiting = set[int](), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = module._modules
+        parallel = "module" in children and isinstance(module, PARALLEL)
+        for leaf, child in reversed(children.items()):
+            if child is None or leaf == SHELF:
                 continue
-            wraps = leaf in WRAPPED or (leaf == "module" and isinstance(parents[parent], PARALLEL))
-            plains[name] = plains[parent] if wraps else f"{plains[parent]}.{leaf}".lstrip(".")
-            parents[name] = module
-        yield name, plains[name], module
+            wraps = leaf in WRAPPED or (parallel and leaf == "module")
+            waiting.append((path if wraps else f"{path}.{leaf}" if path else leaf, child))
 
 
 def named_parameters(model: nn.Module, every: bool = False) -> dict[str, nn.Parameter]:
     """Parameters by plain name, in model order; each once, or with ``every`` under each of its names."""
     found, seen = dict[str, nn.Parameter](), set[int]()
-    for _, path, module in _walk(model):
+    for path, module in _walk(model):
         for leaf, parameter in module._parameters.items():
             if parameter is not None and (every or id(parameter) not in seen):
                 seen.add(id(parameter))
@@ -67,7 +71,7 @@ def named_parameters(model: nn.Module, every: bool = False) -> dict[str, nn.Para
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that a state dict holds, by plain name."""
     found, seen = dict[str, Tensor](), set[int]()
-    for _, path, module in _walk(model):
+    for path, module in _walk(model):
         for leaf, buffer in module._buffers.items():
             if buffer is None or leaf in module._non_persistent_buffers_set or id(buffer) in seen:
                 continue

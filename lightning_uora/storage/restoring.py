@@ -181,8 +181,8 @@ def restore(
     """
     check_names(one, manifest)
     heads = {name.rpartition(".")[0] for name in aside} - {""}
-    left = {n for n in adapter_state(one) if n in aside or n.rpartition(".")[0] in heads}
-    state = {name: t for name, t in adapter_state(one).items() if name not in left}
+    whole = adapter_state(one)
+    state = {n: t for n, t in whole.items() if n not in aside and n.rpartition(".")[0] not in heads}
     projections = {k.removeprefix(f"{OWNER}."): t for k, t in tensors.items() if k.startswith(f"{OWNER}.")}
     values = {k: t for k, t in tensors.items() if not k.startswith(f"{OWNER}.") and k not in aside}
     check_keys(state, values)

@@ -6,7 +6,8 @@
 Forward passes without gradients, adapters of random numbers on all linear layers, one adapter and 8 and 64 in
 a batch; times are medians of interleaved rounds in one process, each over the base's of the same round.
 ViT-tiny sees 32 images (so at most 32 adapters a batch). The GPT-2 shape (8 layers of width 512) sees 64
-sequences: of 128 tokens, or of one token with a cache of 32. "resident" is what 64 adapters hold in memory.
+sequences: of 128 tokens, or of one token with a cache of 32; every pass enters its own context. "resident" is
+what all adapters hold in memory: 64 of them, and for the GPT-2 shape 1, 100 and 1,000.
 """
 
 from __future__ import annotations
@@ -140,6 +141,19 @@ def measure(shape: str, kind: str, make: Callable[[], tuple[nn.Module, Any, int]
     return rows
 
 
+def resident(quick: bool) -> list[dict]:
+    """Bytes that 1, 100 and 1,000 adapters of the GPT-2 shape hold."""
+    rows = []
+    for count in (1, 4) if quick else (1, 100, 1000):
+        for method, rank in (("UORA", 256), ("UORA", 64), ("LoRA", 8)):
+            model = gpt(8, quick)[0]
+            held = uora(model, "gpt", rank, count) if method == "UORA" else lora(model, "gpt", count)[1]
+            row = {"shape": "resident", "method": method, "rank": rank, "adapters": count}
+            rows.append(row | {"resident_kb": round(held / 1024)})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def report(rows: list[dict]) -> str:
     """The rows as Markdown."""
     lines = [f"{__doc__}".split("\n\n", maxsplit=2)[2].strip(), ""]
@@ -149,10 +163,10 @@ def report(rows: list[dict]) -> str:
         name = row["method"] if row["method"] == "base" else f"{row['method']} r {row['rank']}"
         cells = [
             row["shape"],
-            row["samples"],
+            row.get("samples", ""),
             name,
             row["adapters"],
-            row["of_base"],
+            row.get("of_base", ""),
             f"{row['resident_kb']:,}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -174,6 +188,7 @@ def main() -> None:
         "GPT-2 shape, 128 tokens": ("gpt", lambda: gpt(128 if not quick else 8, quick)),
     }
     rows = [row for shape, (kind, make) in shapes.items() for row in measure(shape, kind, make, quick)]
+    rows += resident(quick)
     if quick:
         return
     with (RESULTS / "many_adapters.csv").open("w", newline="") as file:

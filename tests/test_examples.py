@@ -136,6 +136,22 @@ def test_instruction_example_runs_experts_and_four_bits(monkeypatch, folder, cap
     assert f"trained {experts + 4 * (2 * (8 + 128) + 2 * (8 + 64)):,} of" in out
 
 
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_many_adapters_train_together_and_are_served(
+    monkeypatch, folder, tmp_path, capsys, side_by_side: bool
+):
+    options = ["--steps", "3", "--limit", "12", "--rank", "8", "--out", str(tmp_path)]
+    run(monkeypatch, "examples/many_adapters.py", *options, *["--side-by-side"][: int(side_by_side)])
+    out = capsys.readouterr().out
+    if side_by_side:
+        assert float(re.search(r"losses differ by at most (\S+) from", out)[1]) < 1e-4
+        assert (tmp_path / "rates.png").stat().st_size > 10_000
+    else:
+        assert len(list((tmp_path / "adapters").iterdir())) == 10
+        assert re.search(r"the topic of [\d.]+ % of the texts", out)
+        assert (tmp_path / "topics.png").stat().st_size > 10_000
+
+
 def test_instruction_example_says_what_four_bits_need(monkeypatch, folder, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import small_lm

@@ -47,10 +47,10 @@ class LayerOf(NamedTuple):
         """The update ``diag(b) B diag(d) A``, shaped like the adapted weight, differentiable in d and b."""
         deltas = []
         for name, part in self.adapter.parts.items():
-            W = cast(Tensor, home(self.module)._parameters[name])
+            W = self.uora_b if is_opaque(self.module) else cast(Tensor, home(self.module)._parameters[name])
             shape = (part.m, part.n) if is_opaque(self.module) else W.shape
-            dtype = self.uora_b.dtype if is_opaque(self.module) else W.dtype
-            deltas.append(self.added_to(name, torch.zeros(shape, device=self.uora_d.device, dtype=dtype)))
+            zeros = torch.zeros(shape, device=self.uora_d.device, dtype=W.dtype)
+            deltas.append(self.added_to(name, zeros))
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
 

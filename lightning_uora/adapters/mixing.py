@@ -53,6 +53,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             were attached to; inside of ``generate`` a multiple), heads of different shapes, routers' outputs.
 
     Example:
+        >>> import torch
         >>> from lightning_uora import UORAConfig, add_adapter, attach_uora
         >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
         >>> layers = attach_uora(model, UORAConfig(rank=4, target_modules=["0"], trainable_modules=()))

@@ -71,6 +71,6 @@ def layers_of(one: Attachment, name: str, here: dict[str, nn.Module] | None = No
 def trained_with(one: Attachment, name: str, here: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """What trained besides the vectors, by its name in the model; ``here`` are the model's parameters."""
     if name == one.owner.name:
-        return {trained: here[trained] for trained in one.owner.trained}
+        return {trained: one.owner.hidden.get(trained, here[trained]) for trained in one.owner.trained}
     item = item_of(one, name)
     return {trained: cast(Tensor, item._parameters[key]) for key, trained in item.trained.items()}

@@ -87,6 +87,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     numbers = {name: number for number, name in enumerate(chosen)}
     mix = Mix([-1 if name is None else numbers[name] for name in names], chosen)
     layers, swapped = _layers(one, chosen), _swapped(one, chosen, set(mix.index))
+    _require_batch_first(one.root, (*layers, *swapped))
     blocks = blocks_in(layers, named_layers(one.root))
     mix.blocks = bool(blocks)
     with ExitStack() as undo:
@@ -119,6 +120,26 @@ def _as_list(names: Any) -> list[str | None]:
     if not given or not all(name is None or isinstance(name, str) for name in given):
         raise ValueError("names is one name for each sample of the batch, such as ['one', None, 'two'].")
     return given
+
+
+def _require_batch_first(root: nn.Module, paths: Iterable[str]) -> None:
+    """Raise ``ValueError`` where modules beside those of the batch see another axis first."""
+    chosen = list(paths)
+    for path, module in named_modules(root).items():
+        inside = type(module).__name__.startswith(TOKENS_FIRST)
+        beside = f"{path.rpartition('.')[0]}." if "." in path else ""
+        prefix = (f"{path}." if path else "") if inside else beside
+        if (inside or getattr(module, "batch_first", None) is False) and any(
+            one.startswith(prefix) for one in chosen
+        ):
+            raise ValueError(
+                f"{type(module).__name__} {path!r} is not batch first, and what it is part of cannot be mixed "
+                "in a batch; set its adapters one after the other."
+            )
+
+
+TOKENS_FIRST = ("XLNet", "UORAXLNet")
+"""Classes whose layers see (tokens, batch, width)."""
 
 
 @contextmanager
@@ -205,8 +226,6 @@ def _forwards(
         kind = getattr(type(module), "uora_original", type(module))
         if isinstance(module, Experts):  # see Note [Experts in a mixed batch]
             continue
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise ValueError(f"attention {path!r} is not batch first, and cannot be mixed in a batch.")
         if path in inside:
             continue
         if mine and not besides and (has_plain_forward(kind) or is_opaque(module)):

@@ -133,8 +133,8 @@ def _require_batch_first(root: nn.Module, paths: Iterable[str]) -> None:
             one.startswith(prefix) for one in chosen
         ):
             raise ValueError(
-                f"{type(module).__name__} {path!r} is not batch first, and what it is part of cannot be mixed "
-                "in a batch; set its adapters one after the other."
+                f"{type(module).__name__} {path!r} is not batch first, and what it is part of cannot be "
+                "mixed in a batch; set its adapters one after the other."
             )
 
 

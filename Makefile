@@ -20,7 +20,7 @@ test: .venv/.test
 	$(BIN)/python -m pytest
 
 docs: .venv/.docs
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
 
 test-lowest: .venv-lowest/.test
 	$(LOWEST)/python -m pytest -r s

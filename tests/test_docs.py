@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,8 @@ def a_name(path: Path) -> str:
 def test_what_a_page_shows_runs_as_printed(page, tmp_path, monkeypatch, capsys):
     """Python and ``uora`` commands, in the order of the page, which build on one another."""
     monkeypatch.chdir(tmp_path)
+    if "import bitsandbytes" in page.read_text():
+        pytest.importorskip("bitsandbytes")  # of the extra quantized
     names: dict = {"__name__": "a_page"}
     for kind, code, mark in blocks(page, "python", "bash"):
         if kind == "python":
@@ -66,6 +70,7 @@ def test_the_readmes_scripts_run_alone(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), {"__name__": "a_script"})
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=a_name)
 def test_callbacks_in_yaml_can_be_made(page):
     for _, code, _ in blocks(page, "yaml"):
@@ -89,3 +94,90 @@ def test_the_navigation_misses_no_page():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     for page in DOCS.glob("*.md"):
         assert page.name in navigation, page.name
+
+
+# Note [Which texts the page must have]
+# Every message is found in the source: what is raised, what is warned of, and what the functions return that
+# make messages for others (MAKERS). Of each, the page has the first constant piece of at least PIECE
+# characters and two words, or else the longest, up to SHOWN
+# characters: what a reader sees again, whatever was filled in.
+
+PIECE, SHOWN = 14, 34
+WARN = ("warnings.warn", "rank_zero_warn")
+MAKERS = {
+    "__str__", "_nothing_found", "_part", "_quantised", "_refusal", "_tied", "_unknown",
+    "_unsupported_weight", "check_base", "invalid",
+    "nothing_found", "nothing_inside", "passed_by", "place_of", "tied_beyond", "unreachable", "unreadable",
+    "unsupported", "what_folder",
+}  # fmt: skip
+"""Functions whose strings are messages that others raise or warn of."""
+PASSED_ON = {
+    "AssertionError", "error", "message", "name", "one", "place.said", "str(loss)",
+}  # fmt: skip
+"""What is raised or warned of without a text of its own: Python's protocol, or a text made elsewhere."""
+
+
+def pieces(node: ast.AST) -> list[str]:
+    """Constant pieces of a message, between what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.JoinedStr):
+        return [one.value for one in node.values if isinstance(one, ast.Constant)]
+    if isinstance(node, ast.BinOp):
+        return pieces(node.left) + pieces(node.right)
+    return []
+
+
+def shown(parts: list[str]) -> str:
+    """The text by which a message is found."""
+    plain = [piece.strip() for part in parts for piece in part.split("`")]
+    first = next((one for one in plain if len(one) >= PIECE and " " in one), None)
+    return (first or max(plain, key=len))[:SHOWN].strip()
+
+
+def messages() -> Iterator[tuple[str, ast.expr]]:
+    """Place and expression of everything that the package raises or warns of."""
+    for path in sorted((ROOT / "lightning_uora").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                call = node.exc
+                maker = isinstance(call, ast.Call) and ast.unparse(call.func) in MAKERS
+                yield place, call.args[0] if isinstance(call, ast.Call) and call.args and not maker else call
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in WARN:
+                yield place, node.args[0]
+            elif isinstance(node, ast.FunctionDef) and node.name in MAKERS:
+                made = (one for one in ast.walk(node) if isinstance(one, (ast.JoinedStr, ast.Constant)))
+                yield from ((f"{path.relative_to(ROOT)}:{one.lineno}", one) for one in sentences(node, made))
+
+
+def sentences(function: ast.FunctionDef, made: Iterator[ast.expr]) -> Iterator[ast.expr]:
+    """Strings of a function that are whole messages: long, filled in, and no docstring."""
+    inner = {id(part) for one in ast.walk(function) if isinstance(one, ast.JoinedStr) for part in one.values}
+    for one in made:
+        if id(one) not in inner and isinstance(one, ast.JoinedStr) and len("".join(pieces(one))) > 24:
+            yield one
+
+
+def own_text(expression: ast.expr) -> bool:
+    """Whether a message is written where it is raised; else it must be one that is made elsewhere."""
+    if any(character.isalpha() for piece in pieces(expression) for character in piece):
+        return True
+    if isinstance(expression, ast.JoinedStr):
+        return False  # nothing but what another library said
+    made = {ast.unparse(one.func) for one in ast.walk(expression) if isinstance(one, ast.Call)}
+    assert made & MAKERS or ast.unparse(expression) in PASSED_ON, ast.unparse(expression)
+    return False
+
+
+def test_every_error_and_warning_is_on_the_page_of_troubleshooting():
+    """Found by its text; see Note [Which texts the page must have]."""
+    page = " ".join((DOCS / "troubleshooting.md").read_text().split())
+    missing = []
+    for place, expression in messages():
+        if own_text(expression):
+            text = " ".join(shown(pieces(expression) or [ast.unparse(expression)]).split())
+            if text not in page:
+                missing.append(f"{place}: {text}")
+    assert not missing, "\n".join(missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
+import lightning_uora
 from lightning_uora import UORACallback
 from lightning_uora.cli import main
 
@@ -181,3 +183,20 @@ def test_every_error_and_warning_is_on_the_page_of_troubleshooting():
             if text not in page:
                 missing.append(f"{place}: {text}")
     assert not missing, "\n".join(missing)
+
+
+def in_one_line(name: str) -> str:
+    """A public name with its arguments and defaults, without types."""
+    given = getattr(lightning_uora, name)
+    arguments = inspect.signature(given).parameters.values()
+    plain = inspect.Signature([one.replace(annotation=inspect.Parameter.empty) for one in arguments])
+    return f"{name}{plain}".replace(f"reinit={lightning_uora.ReinitSchedule()!r}", "reinit=ReinitSchedule()")
+
+
+def test_the_contract_is_what_the_page_says():
+    """Public names, arguments, their order and defaults; a change fails until page and changelog follow."""
+    page = (DOCS / "api.md").read_text()
+    listed = page.partition("## In one view\n")[2].partition("```text\n")[2].partition("```")[0]
+    assert listed.splitlines() == [in_one_line(name) for name in lightning_uora.__all__]
+    for name in lightning_uora.__all__:
+        assert re.search(rf"^::: lightning_uora\.(callback\.)?{name}$", page, re.M), name

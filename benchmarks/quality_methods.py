@@ -52,7 +52,11 @@ def build(method: Method, task: Task, seed: int) -> tuple[nn.Module, list[nn.Par
     """The model to train, what the method trains in it, and the task's head."""
     model = task.model()
     if method.name in ("lora", "vera"):
-        model = peft.get_peft_model(model, _peft_config(method, task.names, seed))
+        modules = {name: model.get_submodule(name) for name in task.names}
+        names = [
+            n for n, m in modules.items() if getattr(m, "groups", 1) == 1
+        ]  # PEFT's rank has to divide them
+        model = peft.get_peft_model(model, _peft_config(method, names, seed))
     elif method.name.startswith("uora"):
         init = "inputs" if method.name.endswith("+inputs") else "orthogonal"
         attach_uora(model, UORAConfig(method.rank, task.names, trainable_modules=(), init=init, seed=seed))

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from bundled import digits, docstring_topics, minilm
+from bundled import digits, docstring_topics, efficientnet, enlarged, fashion, minilm
 from compare import quiet_transformers
 from small_lm import load
 from vision_timm import small_vit
@@ -182,6 +182,36 @@ def _tokenised_docstrings(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     return tokens["input_ids"], tokens["attention_mask"], torch.tensor(labels)
 
 
+class Fashion(Task):
+    """EfficientNet-Lite0 with its real ImageNet weights to Fashion-MNIST, 64 px; all convolutions."""
+
+    head = "classifier"
+    steps, batch_size, sizes = 250, 32, (1000, 500, 2000)
+    size, only = 64, ""
+
+    def __init__(self, seed: int, quick: bool = False) -> None:
+        self.x, self.y = fashion("train").tensors
+        super().__init__(seed, len(self.x), quick)
+        torch.manual_seed(seed)
+        self.base = efficientnet(10)
+        convolutions = (n for n, m in self.base.named_modules() if isinstance(m, nn.Conv2d))
+        self.names = [name for name in convolutions if self.only in name]
+
+    @override
+    def run(self, model: nn.Module, index: Tensor) -> Tensor:
+        return model(enlarged(self.x[index], self.size))
+
+    @override
+    def labels(self, index: Tensor) -> Tensor:
+        return self.y[index]
+
+
+class FashionPointwise(Fashion):
+    """The same with adapters on the pointwise convolutions alone."""
+
+    only = "conv_pw"
+
+
 class Manual(Task):
     """A small GPT-2 pretrained on half of the library's docstrings, adapted to Python's reference manual."""
 
@@ -239,4 +269,6 @@ TASKS: dict[str, type[Task]] = {
     "docstrings": Docstrings,
     "docstrings-all": DocstringsAll,
     "manual": Manual,
+    "fashion": Fashion,
+    "fashion-pointwise": FashionPointwise,
 }

@@ -18,7 +18,7 @@ COLUMNS += ["adapter_params", "seconds"]
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STARTS = {"full": 1, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
 SEARCHED, SEEDS = 4, 8
-ALL_TASKS = ["digits", "manual", "docstrings", "docstrings-all"]
+ALL_TASKS = ["digits", "manual", "docstrings", "docstrings-all", "fashion", "fashion-pointwise"]
 
 
 @dataclass(frozen=True)

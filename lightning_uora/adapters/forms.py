@@ -18,7 +18,8 @@ class AdaptedLinear(AdaptedModule):
     """A Linear-like module: factored where that costs less, else its own forward on W_eff."""
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        x = cast(Tensor, input if x is None else x)
         self._uora_refuse_sharded()
         config = self._uora.owner.config
         drops = config.dropout > 0.0 and self.training

@@ -59,7 +59,8 @@ class Adapter:
         before: Attributes of a quantised module as they were.
         norm: Of a quantised weight, once it was asked for.
         mixed: Of experts: it computes in a mixed batch, in which its owner is switched off.
-        reading: In a mixed batch: its own forward runs, see Note [Weights in a mixed batch].
+        mixing: Its module computes in a mixed batch, see Note [Weights in a mixed batch].
+        reading: There its own forward runs.
     """
 
     owner: Projections
@@ -73,6 +74,7 @@ class Adapter:
     before: dict[str, Any] = field(default_factory=dict)
     norm: Tensor | None = None
     mixed: bool = False
+    mixing: bool = False
     reading: int = 0
 
     @property
@@ -183,7 +185,7 @@ class AdaptedModule(nn.Module):
             adapter.sharded = True
             return W
         if W is None or adapter.owner.disabled or adapter.raw:
-            stray = W is not None and adapter.owner.mixing and not (adapter.raw or adapter.reading)
+            stray = W is not None and adapter.mixing and not (adapter.raw or adapter.reading)
             return mixed_weight(W, adapter.owner.adapted[adapter.index]) if W is not None and stray else W
         if W.numel() != adapter.parts[name].m * adapter.parts[name].n and not adapter.sharded:
             self._uora_refuse_shape(name, W)

@@ -71,7 +71,8 @@ def merged(model: nn.Module, updates: Updates, dequantize: bool) -> list[tuple[n
 
 def _summed(name: str, W: Tensor, mine: list[tuple[LayerOf, float]], path: str) -> Tensor:
     for layer, weight in mine:
-        W = layer.added_to(name, W, weight)
+        opaque = is_opaque(layer.module)
+        W = W + weight * layer.delta_weight() if opaque else layer.added_to(name, W, weight)
     if not W.isfinite().all():
         raise ValueError(
             f"merging would put non-finite values into the weight of module {path!r}; nothing was merged."

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_uora.adapters.by_row import add_by_row_, delta_by_row
+from lightning_uora.adapters.effective import mixed_weight
 from lightning_uora.adapters.functional import factored_delta, wants_plain
 from lightning_uora.adapters.layers import AdaptedModule
 from lightning_uora.adapters.mixing_experts import computing, require_no_records
 from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.several_layers import LayerOf
 
-__all__ = ["Children", "Mix", "Shares", "Stacks", "by_adapter", "by_block", "by_row", "tables_of"]
+__all__ = ["Children", "Mix", "Shares", "Stacks", "by_adapter", "by_block", "by_row", "guarded", "tables_of"]
 
 PLAIN = (Tensor, bool, int, float, str, tuple, list)
 """What a block is given that can be split into samples, or is the same for all."""
@@ -36,6 +37,7 @@ class Mix:
     names: list[str]
     blocks: bool = False
     generating: int = 0
+    run: int = 0
     known: dict[Any, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -60,7 +62,7 @@ class Mix:
 
     def generate(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own, inside which beams repeat samples."""
-        self.generating += 1
+        self.generating, self.run = self.generating + 1, self.run + 1
         try:
             return type(module).generate(module, *args, **kwargs)
         finally:
@@ -114,18 +116,16 @@ class Table:
     mine: list[LayerOf]
     place: Tensor
     dropout: float
-    kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+    kept: tuple[int, tuple[Tensor, Tensor]] | None = None
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """D (K + 1, r) and b (K + 1, m), the last rows zero."""
+    def vectors(self, run: int = 0) -> tuple[Tensor, Tensor]:
+        """D (K + 1, r) and b (K + 1, m), the last rows zero; kept through one ``generate``, the ``run``."""
+        if run and self.kept is not None and self.kept[0] == run:
+            return self.kept[1]
         D, b = [one.uora_d for one in self.mine], [one.uora_b for one in self.mine]
-        keeps = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if not keeps or any(t.is_inference() for t in (D[0], b[0])):
-            return _stacked(D), _stacked(b)
-        known = D[0].data_ptr(), sum(t._version for t in D), sum(t._version for t in b)
-        if self.kept is None or self.kept[0] != known:
-            self.kept = known, (_stacked(D), _stacked(b))
-        return self.kept[1]
+        stacked = _stacked(D), _stacked(b)
+        self.kept = (run, stacked) if run and not torch.is_grad_enabled() else None
+        return stacked
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
@@ -171,10 +171,13 @@ def by_row(
     mix: Mix,
     mine: dict[int, LayerOf],
     shared: tuple[list[Table], list[int]],
-    x: Tensor,
+    x: Tensor | None = None,
     *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """The base, and all updates by row; or once for each adapter where that is less work."""
+    if x is None:  # by its name, which is another one in each class
+        x = cast(Tensor, kwargs.pop(next(iter(kwargs))))
     (part,) = next(iter(mine.values())).adapter.parts.values()
     lean = not torch.is_grad_enabled() and not wants_plain() and not is_opaque(module)
     if lean and _worth_grouping(module, mix, mine, x, part.m, part.n):
@@ -189,7 +192,8 @@ def by_row(
                 table.place = table.place.to(x.device)
         A, B, own = table.mine[0].sources(part.n)
         dropped = nn.functional.dropout(x, table.dropout, module.training)
-        rows = table.place[samples], A, B, *table.vectors(), own
+        run = mix.run if mix.generating and not torch.compiler.is_compiling() else 0
+        rows = table.place[samples], A, B, *table.vectors(run), own
         if not (lean and add_by_row_(out, dropped, *rows)):
             out = out + delta_by_row(dropped, *rows).to(out.dtype)
     index = samples.repeat_interleave(x.numel() // part.n // len(samples)) if shared[1] else samples
@@ -221,10 +225,11 @@ def by_adapter(module: nn.Module, path: str, mix: Mix, children: Children, *args
 
     def run(number: int, given: Sequence[Any], named: dict[str, Any]) -> Any:
         with ExitStack() as undo:
+            undo.enter_context(mix.only(number))  # what else is inside sees one adapter
             for child, layers, besides in children.values():
                 weights = dict(besides.get(number, {}))
                 if number in layers:
-                    weights |= _effective(child, layers[number])
+                    weights |= _effective(child, layers[number], weights)
                 undo.enter_context(_parameters_of(child, weights))
             undo.enter_context(_reading(child for child, *_ in children.values()))
             return type(module).forward(module, *given, **named)
@@ -276,21 +281,55 @@ def _each(
 @contextmanager
 def _reading(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, modules may read their weights; see Note [Weights in a mixed batch]."""
-    adapters = [m._uora for m in modules if isinstance(m, AdaptedModule)]
+    chosen = list(modules)
+    adapters = [m._uora for m in chosen if isinstance(m, AdaptedModule)]
+    guards = [m.__dict__ for m in chosen if READING in m.__dict__]
     for adapter in adapters:
         adapter.reading += 1
+    for guard in guards:
+        guard[READING] += 1
     try:
         yield
     finally:
         for adapter in adapters:
             adapter.reading -= 1
+        for guard in guards:
+            guard[READING] -= 1
 
 
-def _effective(module: nn.Module, mine: LayerOf) -> dict[str, Tensor]:
+READING = "_uora_reading"
+"""Of a module whose own parameters are exchanged: how many of its forwards run."""
+
+
+@contextmanager
+def guarded(module: nn.Module, path: str, leaves: Iterable[str]) -> Iterator[None]:
+    """Inside, exchanged parameters are the module's own business; see Note [Weights in a mixed batch]."""
+    before = type(module)
+    body: dict[str, Any] = {leaf: _guard(path, leaf) for leaf in leaves}
+    module.__dict__[READING] = 0
+    module.__class__ = type(before.__name__, (before,), {**body, "__module__": before.__module__})
+    try:
+        yield
+    finally:
+        module.__class__ = before
+        del module.__dict__[READING]
+
+
+def _guard(path: str, leaf: str) -> property:
+    def read(self: nn.Module) -> Tensor | None:
+        parameter = self._parameters[leaf]
+        return parameter if parameter is None or self.__dict__[READING] else mixed_weight(parameter, path)
+
+    return property(read)
+
+
+def _effective(module: nn.Module, mine: LayerOf, besides: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's weights, on what stands there when it computes."""
     found = {}
     for name, part in mine.adapter.parts.items():
         A, B, own = mine.sources(part.n)
-        found[name] = part.delta(cast(Tensor, module._parameters[name]), A, B, mine.uora_d, mine.uora_b, own)
+        W = besides.get(name, cast(Tensor, module._parameters[name]))
+        found[name] = part.delta(W, A, B, mine.uora_d, mine.uora_b, own)
     return found
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_uora.adapters.attachments import Attachment
 from lightning_uora.adapters.kinds import has_plain_forward
-from lightning_uora.adapters.mixed_layers import Mix, Shares, by_adapter, by_block, by_row, tables_of
+from lightning_uora.adapters.layers import AdaptedModule
+from lightning_uora.adapters.mixed_layers import (
+    Mix,
+    Shares,
+    by_adapter,
+    by_block,
+    by_row,
+    guarded,
+    tables_of,
+)
 from lightning_uora.adapters.mixing_experts import blocks_in, stand_ready
 from lightning_uora.adapters.names import named_modules, named_parameters
 from lightning_uora.adapters.offloaded import KEPT_FORWARD
@@ -41,7 +51,12 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     Forward and backward: every adapter that is named gets its gradient, the others none. Equal to each sample
     with its adapter alone, to rounding. Heads that were trained with an adapter compute for its samples; for
-    None those of the adapter in use. Refresh outside of it. See Note [How a batch is mixed].
+    None, and for an adapter that trained none, those that the model had before (of a first adapter its own).
+    Wherever an adapted or exchanged module is called, the first axis of its input has to be the batch, or the
+    batch times something, sample after sample: a model that goes on with (tokens, batch) or sorts windows
+    first is not mixed rightly where the sizes happen to divide; compare a batch with ``set_adapter`` once.
+    Adapters are not added, set or removed inside, and nothing is refreshed. Running statistics (BatchNorm)
+    are shared by all. See Note [How a batch is mixed].
 
     Args:
         model: The adapted model, or one around it.
@@ -53,6 +68,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             were attached to; inside of ``generate`` a multiple), heads of different shapes, routers' outputs.
 
     Example:
+        >>> import torch
         >>> from lightning_uora import UORAConfig, add_adapter, attach_uora
         >>> model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
         >>> layers = attach_uora(model, UORAConfig(rank=4, target_modules=["0"], trainable_modules=()))
@@ -64,14 +80,14 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     Source: *ours*.
     """
     one = the_only(model, "use_adapters")
-    if isinstance(names, str) or not names:
-        raise ValueError("names is one name for each sample of the batch, such as ['one', None, 'two'].")
+    names = _as_list(names)
     chosen = list(dict.fromkeys(name for name in names if name is not None))
     for name in set(chosen) - set(adapter_names(model)):
         require_known(model, name)
     numbers = {name: number for number, name in enumerate(chosen)}
     mix = Mix([-1 if name is None else numbers[name] for name in names], chosen)
-    layers, swapped = _layers(one, chosen), _swapped(one, chosen)
+    layers, swapped = _layers(one, chosen), _swapped(one, chosen, set(mix.index))
+    _require_batch_first(one.root, (*layers, *swapped))
     blocks = blocks_in(layers, named_layers(one.root))
     mix.blocks = bool(blocks)
     with ExitStack() as undo:
@@ -89,12 +105,46 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                 undo.callback(module.__dict__.pop, "generate")
         owners = {mine.adapter.owner for by_number in layers.values() for mine in by_number.values()}
         undo.enter_context(_switched_off({one.owner, *owners}))
+        undo.enter_context(_marked(modules[path] for path in layers if path in modules))
+        for path, by_number in swapped.items():
+            leaves = {leaf for values in by_number.values() for leaf in values}
+            undo.enter_context(guarded(modules[path], path, leaves))
         yield
+
+
+def _as_list(names: Any) -> list[str | None]:
+    """Names for each sample. Raises ``ValueError`` for anything else."""
+    given: list[Any] = []
+    if isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping)):
+        given = list(names)
+    if not given or not all(name is None or isinstance(name, str) for name in given):
+        raise ValueError("names is one name for each sample of the batch, such as ['one', None, 'two'].")
+    return given
+
+
+def _require_batch_first(root: nn.Module, paths: Iterable[str]) -> None:
+    """Raise ``ValueError`` where modules beside those of the batch see another axis first."""
+    chosen = list(paths)
+    for path, module in named_modules(root).items():
+        inside = type(module).__name__.startswith(TOKENS_FIRST)
+        beside = f"{path.rpartition('.')[0]}." if "." in path else ""
+        prefix = (f"{path}." if path else "") if inside else beside
+        if (inside or getattr(module, "batch_first", None) is False) and any(
+            one.startswith(prefix) for one in chosen
+        ):
+            raise ValueError(
+                f"{type(module).__name__} {path!r} is not batch first, and what it is part of cannot be "
+                "mixed in a batch; set its adapters one after the other."
+            )
+
+
+TOKENS_FIRST = ("XLNet", "UORAXLNet")
+"""Classes whose layers see (tokens, batch, width)."""
 
 
 @contextmanager
 def _switched_off(owners: Iterable[Projections]) -> Iterator[None]:
-    """Inside, layers compute their base; who takes their weights is told."""
+    """Inside, layers compute their base, and nobody may change adapters."""
     before = [(owner, owner.mixing) for owner in owners]
     for owner, _ in before:
         owner.disabled, owner.mixing = owner.disabled + 1, True
@@ -105,27 +155,55 @@ def _switched_off(owners: Iterable[Projections]) -> Iterator[None]:
             owner.disabled, owner.mixing = owner.disabled - 1, mixing
 
 
+@contextmanager
+def _marked(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, who takes the weights of these modules is told."""
+    adapters = [m._uora for m in modules if isinstance(m, AdaptedModule)]
+    for adapter in adapters:
+        adapter.mixing = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.mixing = False
+
+
 def _layers(one: Attachment, chosen: list[str]) -> dict[str, dict[int, LayerOf]]:
     """By layer and number of the adapter."""
     found: dict[str, dict[int, LayerOf]] = {}
     here = named_layers(one.root)
     for number, name in enumerate(chosen):
-        if name != one.owner.name:
+        if name != one.owner.name and torch.is_grad_enabled():
             item_of(one, name).wake()
         for path, what in layers_of(one, name, here).items():
             found.setdefault(path, {})[number] = what
     return found
 
 
-def _swapped(one: Attachment, chosen: list[str]) -> dict[str, dict[int, dict[str, Tensor]]]:
-    """What trained besides: by module, number of the adapter and name in the module."""
-    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+Swapped = dict[str, dict[int, dict[str, Tensor]]]
+
+
+def _swapped(one: Attachment, chosen: list[str], numbers: set[int]) -> Swapped:
+    """What trained besides, of who is in the batch: by module, number of the adapter and name in the module.
+
+    An adapter that did not train a parameter, and the base, compute with what the model had before.
+    """
+    found: Swapped = {}
     here = named_parameters(one.root, every=True)
-    for number, name in enumerate(chosen):
-        for trained, parameter in trained_with(one, name, here).items():
-            path, _, leaf = trained.rpartition(".")
-            found.setdefault(path, {}).setdefault(number, {})[leaf] = parameter
-    return found if set(chosen) - {one.owner.name} else {}
+    of = {number: trained_with(one, chosen[number], here) if number >= 0 else {} for number in numbers}
+    in_use = trained_with(one, one.owner.name, here)
+    for name in dict.fromkeys((*in_use, *(trained for own in of.values() for trained in own))):
+        before = one.owner.displaced.get(name, here[name])
+        values = {number: own.get(name, before) for number, own in of.items()}
+        if all(value is here[name] for value in values.values()):
+            continue
+        for place in (
+            place for place, p in here.items() if p is here[name]
+        ):  # a tied one under all its names
+            path, _, leaf = place.rpartition(".")
+            for number, value in values.items():
+                found.setdefault(path, {}).setdefault(number, {})[leaf] = value
+    return found
 
 
 Forward = Callable[..., Any]
@@ -135,29 +213,28 @@ def _forwards(
     one: Attachment,
     mix: Mix,
     layers: dict[str, dict[int, LayerOf]],
-    swapped: dict[str, dict[int, dict[str, Tensor]]],
+    swapped: Swapped,
 ) -> dict[str, Forward]:
     """What each module computes instead, by its path."""
     modules, found = named_layers(one.root), dict[str, Forward]()
     shares: Shares = {}
-    inside = {f"{path}.out_proj" for path in layers if isinstance(modules[path], nn.MultiheadAttention)}
-    for path in dict.fromkeys((*layers, *swapped)):
+    paths = dict.fromkeys((*layers, *swapped))
+    outer = {path: path.rpartition(".")[0] for path in paths}
+    inside = {path for path in paths if isinstance(modules.get(outer[path]), nn.MultiheadAttention)}
+    for path in dict.fromkeys((*paths, *(outer[path] for path in inside))):
         module, mine, besides = modules[path], layers.get(path, {}), swapped.get(path, {})
         kind = getattr(type(module), "uora_original", type(module))
         if isinstance(module, Experts):  # see Note [Experts in a mixed batch]
             continue
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise ValueError(f"attention {path!r} is not batch first, and cannot be mixed in a batch.")
         if path in inside:
             continue
-        if not besides and (has_plain_forward(kind) or is_opaque(module)):
+        if mine and not besides and (has_plain_forward(kind) or is_opaque(module)):
             (part,) = next(iter(mine.values())).adapter.parts.values()
             shared = tables_of(mine, part.m, part.n, len(mix.names), shares)
             found[path] = partial(by_row, module, path, mix, mine, shared)
             continue
         children = {path: (module, mine, besides)}
-        if f"{path}.out_proj" in inside:
-            name = f"{path}.out_proj"
+        for name in (name for name in inside if outer[name] == path):
             children[name] = (modules[name], layers.get(name, {}), swapped.get(name, {}))
         found[path] = partial(by_adapter, module, path, mix, children)
     return found

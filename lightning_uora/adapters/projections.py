@@ -107,6 +107,7 @@ class Projections(nn.Module):
         self.name = "default"  # of the adapter
         self.disabled = 0
         self.mixing = False  # switched off by a mixed batch
+        self.hidden: dict[str, nn.Parameter] = {}  # what trains besides, while the base's stands in its place
         self.set_off = False  # by set_adapter(model, None)
         self.displaced: dict[str, nn.Parameter] = {}  # by what trains besides, see Note [Adapters on a shelf]
         self.requires_grad_before: dict[str, bool] = {}

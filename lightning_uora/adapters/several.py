@@ -10,12 +10,14 @@ from lightning_uora.adapters.names import SHELF, named_parameters
 from lightning_uora.adapters.shelf import (
     Shelf,
     adapter_names,
+    hide_heads,
     put_back,
     put_last,
     put_off,
     replace_parameter,
     require_known,
     shelf_of,
+    show_heads,
     the_only,
 )
 from lightning_uora.adapters.targets import Selection
@@ -23,6 +25,7 @@ from lightning_uora.config import UORAConfig
 
 __all__ = [
     "add_adapter",
+    "own_heads",
     "remove_adapter",
     "require_free",
     "require_name",
@@ -81,6 +84,13 @@ def add_adapter(
 def settle_beside(new: Attachment, name: str) -> None:
     """Make an adapter that was just attached one of several: its name, and parameters of its own."""
     new.owner.name = name
+    own_heads(new)
+    shelf_of(new).order.append(name)
+    put_last(new.root)
+
+
+def own_heads(new: Attachment) -> None:
+    """What trains besides gets parameters of the adapter's own; what the model has now is kept."""
     parameters = named_parameters(new.root, every=True)
     for trained in new.owner.trained:
         old = parameters[trained]
@@ -89,8 +99,6 @@ def settle_beside(new: Attachment, name: str) -> None:
             replace_parameter(new.root, old, copied)
             old.requires_grad_(False)
             new.owner.displaced[trained] = old
-    shelf_of(new).order.append(name)
-    put_last(new.root)
 
 
 def undo(one: Attachment) -> None:
@@ -124,7 +132,8 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Args:
         model: The adapted model, or one around it.
         name: Of an adapter, with the heads that were trained with it; None: the frozen base's weights, until
-            an adapter is set again (heads stay as they are).
+            an adapter is set again, with the heads that the model had before the second adapter came (the
+            first one's, where it was attached to a model and trained).
 
     Raises:
         ValueError: No adapter has that name (near misses are named).
@@ -133,14 +142,16 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     if name is None:
         if not one.owner.set_off:
             one.owner.set_off, one.owner.disabled = True, one.owner.disabled + 1
+            hide_heads(one)
         return
     require_known(model, name)
     if one.owner.name != name:
         put_off(one)
         put_back(one.root, name)
-    owner = the_only(model, "set_adapter").owner
-    if owner.set_off:  # it may have gone to the shelf like that
-        owner.set_off, owner.disabled = False, owner.disabled - 1
+    one = the_only(model, "set_adapter")
+    if one.owner.set_off:  # it may have gone to the shelf like that
+        one.owner.set_off, one.owner.disabled = False, one.owner.disabled - 1
+        show_heads(one)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

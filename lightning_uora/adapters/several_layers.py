@@ -47,10 +47,10 @@ class LayerOf(NamedTuple):
         """The update ``diag(b) B diag(d) A``, shaped like the adapted weight, differentiable in d and b."""
         deltas = []
         for name, part in self.adapter.parts.items():
-            W = cast(Tensor, home(self.module)._parameters[name])
+            W = self.uora_b if is_opaque(self.module) else cast(Tensor, home(self.module)._parameters[name])
             shape = (part.m, part.n) if is_opaque(self.module) else W.shape
-            dtype = self.uora_b.dtype if is_opaque(self.module) else W.dtype
-            deltas.append(self.added_to(name, torch.zeros(shape, device=self.uora_d.device, dtype=dtype)))
+            zeros = torch.zeros(shape, device=self.uora_d.device, dtype=W.dtype)
+            deltas.append(self.added_to(name, zeros))
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
 
@@ -71,6 +71,6 @@ def layers_of(one: Attachment, name: str, here: dict[str, nn.Module] | None = No
 def trained_with(one: Attachment, name: str, here: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """What trained besides the vectors, by its name in the model; ``here`` are the model's parameters."""
     if name == one.owner.name:
-        return {trained: here[trained] for trained in one.owner.trained}
+        return {trained: one.owner.hidden.get(trained, here[trained]) for trained in one.owner.trained}
     item = item_of(one, name)
     return {trained: cast(Tensor, item._parameters[key]) for key, trained in item.trained.items()}

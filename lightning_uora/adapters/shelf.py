@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,10 +19,10 @@ from lightning_uora.adapters.projections import Projections
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import named_layers
-from lightning_uora.distributed import is_sharded
+from lightning_uora.distributed import first_rank, is_sharded
 
-__all__ = ["Shelf", "Shelved", "activated", "adapter_names", "put_back", "put_last", "put_off"]
-__all__ += ["replace_parameter", "require_known", "shelf_of", "switch", "the_only"]
+__all__ = ["Shelf", "Shelved", "activated", "adapter_names", "hide_heads", "put_back", "put_last", "put_off"]
+__all__ += ["replace_parameter", "require_known", "shelf_of", "show_heads", "switch", "the_only"]
 
 # Note [Adapters on a shelf]
 # An adapter is its owner (A, B, own rows, record), d and b of its layers, and what trained besides: heads,
@@ -41,6 +42,7 @@ class Shelved(nn.Module):
         self.layers: list[tuple[str, Adapter]] = []
         self.facts: dict[str, dict[str, Any]] = {}  # of each layer, in the order of their numbers
         self.trained: dict[str, str] = {}  # names in the model of what trained besides
+        self.statistics: dict[str, float] = {}  # of the base when it went
         self.wanted: dict[str, bool] = {}  # which of its parameters want gradients when it is on
 
     def put(self, name: str, parameter: nn.Parameter) -> None:
@@ -146,6 +148,8 @@ def the_only(model: nn.Module, action: str) -> Attachment:
         raise ValueError(f"{action} takes the model that was given to attach_uora, or one around it.")
     if is_sharded(model):
         raise ValueError(f"{action}: the model is sharded, and its shards know one adapter.")
+    if one.owner.mixing and action != "use_adapters":
+        raise ValueError(f"{action} inside of use_adapters would change the batch that runs; leave it first.")
     return one
 
 
@@ -168,6 +172,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 def require_known(model: nn.Module, name: str) -> None:
     """Raise ``ValueError`` with near misses where no adapter has that name."""
     names = adapter_names(model)
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no name of an adapter; there are: {', '.join(map(repr, names))}.")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = "near misses" if near else "there are"
@@ -205,7 +211,9 @@ def put_off(one: Attachment) -> None:
     """Take the adapter that is on the model to the shelf."""
     root, owner, shelf = one.root, one.owner, shelf_of(one)
     item = Shelved(owner, cast(str, one.key))
+    show_heads(one)
     parameters = named_parameters(root, every=True)
+    item.statistics = _statistics(root)
     forget_resizing(one)
     for name, layer in sorted(one.layers, key=lambda named: named[1].layer_index):
         item.facts[name] = facts(layer)
@@ -245,7 +253,39 @@ def put_back(root: nn.Module, name: str) -> None:
         replace_parameter(root, there, item.take(key))
         owner.displaced[trained] = there
     put_last(root)
+    moved = [n for n, total in _statistics(root).items() if item.statistics.get(n, total) != total]
+    if moved and first_rank():
+        warnings.warn(
+            f"running statistics have moved since {name!r} was on the model ({moved[0]!r} among them): all "
+            "adapters share them; keep BatchNorm in eval() while one of several trains.",
+            stacklevel=4,
+        )
+    if owner.set_off:
+        hide_heads(attachment_of(root, "set_adapter"))
     watch_resizing(attachment_of(root, "set_adapter"))
+
+
+def _statistics(root: nn.Module) -> dict[str, float]:
+    """A number for each buffer of the base that moves in training, such as BatchNorm's running mean."""
+    norms = {p: m for p, m in named_modules(root).items() if getattr(m, "track_running_stats", False)}
+    named = ((f"{p}.{leaf}".lstrip("."), b) for p, m in norms.items() for leaf, b in m._buffers.items())
+    return {name: float(b.double().sum()) for name, b in named if b is not None and not b.is_meta}
+
+
+def hide_heads(one: Attachment) -> None:
+    """Put what stood in the model before in the place of what trained besides."""
+    parameters = named_parameters(one.root, every=True)
+    for name, there in one.owner.displaced.items():
+        if name not in one.owner.hidden:
+            one.owner.hidden[name] = parameters[name]
+            replace_parameter(one.root, parameters[name], there)
+
+
+def show_heads(one: Attachment) -> None:
+    """Undo :func:`hide_heads`."""
+    for name, own in one.owner.hidden.items():
+        replace_parameter(one.root, one.owner.displaced[name], own)
+    one.owner.hidden = {}
 
 
 def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -25,6 +25,7 @@ from lightning_uora.adapters import (
     attachment_of,
     is_adapted,
     named_adapters,
+    own_heads,
     packed,
     put_back,
     put_off,
@@ -212,6 +213,14 @@ def load_adapter(
     return names
 
 
+def load_beside_base(model: nn.Module, directory: str | Path, base_mismatch: Mismatch, name: str) -> None:
+    """As :func:`load_adapter`; heads that a first adapter takes the place of are kept for the base."""
+    if is_adapted(model):
+        load_adapter(model, directory, base_mismatch, name=name)
+    else:
+        _load(model, *read(directory), base_mismatch, True, name, keep_heads=True)
+
+
 def _load(
     model: nn.Module,
     manifest: dict[str, Any],
@@ -220,6 +229,7 @@ def _load(
     head: bool,
     called: str,
     beside: Attachment | None = None,
+    keep_heads: bool = False,
 ) -> list[str]:
     config = config_of(manifest)
     place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
@@ -247,7 +257,9 @@ def _load(
     try:
         if beside is not None:
             settle_beside(one, called)
-        restore(one, manifest, tensors, base_mismatch, place.aside)
+        elif keep_heads:
+            own_heads(one)
+        restore(one, manifest, tensors, base_mismatch, place.aside, shared=beside is not None)
     except BaseException:
         undo(one)
         raise

@@ -17,7 +17,7 @@ from lightning_uora.adapters import (
     set_adapter,
     use_adapters,
 )
-from lightning_uora.storage.adapter_files import CONFIG_FILE, load_adapter
+from lightning_uora.storage.adapter_files import CONFIG_FILE, load_beside_base
 from lightning_uora.storage.restoring import Mismatch
 
 __all__ = ["AdapterBank"]
@@ -66,7 +66,8 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """Of all adapters in the directory."""
-        return sorted(path.parent.name for path in self.directory.glob(f"*/{CONFIG_FILE}"))
+        found = (path.parent.name for path in self.directory.glob(f"*/{CONFIG_FILE}"))
+        return sorted(name for name in found if "." not in name)
 
     @property
     def resident(self) -> list[str]:
@@ -112,17 +113,17 @@ class AdapterBank:
 
     def _load(self, name: str) -> None:
         folder = self.directory / name
-        if folder.parent != self.directory or not (folder / CONFIG_FILE).is_file():
+        if Path(name).name != name or "." in name or not (folder / CONFIG_FILE).is_file():
             known = ", ".join(map(repr, self.names[:5])) or "none"
             raise ValueError(f"the bank {self.directory} has no adapter {name!r}; it has {known}.")
         before, off = _computing(self.model)
         try:
-            load_adapter(self.model, folder, self.base_mismatch, name=name)
+            load_beside_base(self.model, folder, self.base_mismatch, name)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} of the bank: {error}") from error
         if before is not None:
             set_adapter(self.model, before)
-        if off:
+        if off or before is None:  # a base without adapters goes on to compute as the base
             set_adapter(self.model, None)
 
     def _drop(self, keep: list[str]) -> None:

@@ -166,6 +166,7 @@ def restore(
     tensors: dict[str, Tensor],
     base_mismatch: Mismatch = "error",
     aside: Collection[str] = (),
+    shared: bool = False,
 ) -> None:
     """Load an adapter into a model adapted with its configuration. After an error nothing has changed.
 
@@ -175,6 +176,7 @@ def restore(
         tensors: Likewise.
         base_mismatch: What another base is.
         aside: Tensors of a head that stay where they are, in the file and in the model.
+        shared: Other adapters are there: running statistics stay the model's, with a warning.
 
     Raises:
         ValueError: Other modules, keys, shapes, another base, or projections that are not those of the run.
@@ -190,9 +192,17 @@ def restore(
     require_finite({n: t for n, t in values.items() if n in trained}, "the adapter", "loaded")
     check_base(one, manifest["base"], base_mismatch)
     take_projections(one, manifest, projections)
+    moved = [n for n, t in values.items() if n not in trained and not torch.equal(state[n].cpu(), t.cpu())]
+    if shared and moved and first_rank():
+        warnings.warn(
+            f"the adapter was trained with other running statistics ({few(moved)}); adapters on one base "
+            "share them, and the model's stay.",
+            stacklevel=5,
+        )
     with torch.no_grad():
         for name, value in values.items():
-            state[name].copy_(value)
+            if not (shared and name in moved):
+                state[name].copy_(value)
 
 
 def require_modules(root: nn.Module, names: list[str]) -> None:

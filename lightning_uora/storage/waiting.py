@@ -46,7 +46,7 @@ __all__ += ["stored_on_shelf", "take_waiting"]
 
 def describe_waiting(one: Attachment) -> dict[str, Any]:
     """What the manifest of the adapter that computes says of its name and of the others; nothing if alone."""
-    names = adapter_names(one.root) if one.key == OWNER else []
+    names = _names(one)
     if names in ([], ["default"]):
         return {}
     waiting = []
@@ -56,6 +56,11 @@ def describe_waiting(one: Attachment) -> dict[str, Any]:
             manifest = told(item.projections, item.facts, list(item.trained.values()))
             waiting.append({**manifest, "adapter": name, "besides": dict(item.trained)})
     return {"adapter": one.owner.name, "order": names, "waiting": waiting}
+
+
+def _names(one: Attachment) -> list[str]:
+    """Adapters at a root, which may have several owners of other layers if it has no shelf."""
+    return adapter_names(one.root) if SHELF in one.root._modules else [one.owner.name]
 
 
 def shelved(one: Attachment, name: str) -> Shelved:
@@ -69,13 +74,13 @@ def _place(one: Attachment, name: str) -> str:
 
 def projections_on_shelf(one: Attachment) -> tuple[str, ...]:
     """What the keys of A, B and records of the adapters that wait begin with."""
-    names = adapter_names(one.root) if one.key == OWNER else []
+    names = _names(one)
     return tuple(_place(one, name) for name in names if name != one.owner.name)
 
 
 def not_in(one: Attachment, manifest: Mapping[str, Any]) -> list[str]:
     """What the keys of the adapters begin with that wait here and that the checkpoint does not have."""
-    names = adapter_names(one.root) if one.key == OWNER else []
+    names = _names(one)
     there = {one.owner.name, *names_in(manifest)}
     return [f"{one.prefix}{SHELF}.{name}." for name in names if name not in there]
 
@@ -104,7 +109,7 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
         )
     for waiting in manifest.get("waiting", ()):
         name = waiting["adapter"]
-        if name not in adapter_names(root):
+        if name not in _names(one):
             _shelve(one, waiting)
         item = shelved(one, name)
         different = differences(config_of(waiting), "saved", item.projections.config, "here")
@@ -112,8 +117,7 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
         if different or here != (waiting["adapted"], waiting["trained"]):
             what = different or f"it is for {few(waiting['adapted'])}, here {few(here[0])}"
             raise ValueError(f"adapter {name!r} of the checkpoint is another one than here: {what}.")
-    shelf = root._modules.get(SHELF)
-    if shelf is not None and set(manifest.get("order", ())) == set(adapter_names(root)):
+    if SHELF in root._modules and set(manifest.get("order", ())) == set(_names(one)):
         shelf_of(one).order = list(manifest["order"])
 
 

@@ -323,7 +323,21 @@ def test_what_cannot_be_mixed_is_one_line_and_the_model_as_it_was(kind: str):
 def test_attention_that_is_not_batch_first_is_refused_by_name():
     model = Attends(batch_first=False)
     attach_uora(model, UORAConfig(rank=4, target_modules="attention"))
-    with pytest.raises(ValueError, match="attention 'attention' is not batch first"):
+    with pytest.raises(ValueError, match="Attention 'attention' is not batch first"):
+        enter(model, ["default"])
+    encoder = nn.TransformerEncoderLayer(8, 2, 12)
+    attach_uora(encoder, UORAConfig(rank=4, target_modules=["linear1"], trainable_modules=()))
+    with pytest.raises(ValueError, match="MultiheadAttention 'self_attn' is not batch first"):
+        enter(encoder, ["default"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_see_tokens_first_are_refused_by_name():
+    from transformers import XLNetConfig, XLNetModel
+
+    model = XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=8))
+    attach_uora(model, UORAConfig(rank=2, target_modules="all-linear", trainable_modules=()))
+    with pytest.raises(ValueError, match="XLNetModel '' is not batch first"):
         enter(model, ["default"])
 
 

@@ -140,3 +140,28 @@ def test_a_folder_that_cannot_be_loaded_is_refused_by_name_and_disturbs_no_other
         AdapterBank(model, folder, limit=0)
     with pytest.raises(FileNotFoundError, match="is no directory"):
         AdapterBank(model, folder / "nowhere")
+
+
+def test_a_plain_base_computes_as_it_did_outside_and_for_none(folder):
+    model = net()
+    plain, bank = model(X).detach(), AdapterBank(model, folder)
+    with torch.no_grad(), bank.use(["a"] * 4):
+        torch.testing.assert_close(model(X), alone(folder, "a"))
+    torch.testing.assert_close(model(X), plain)
+    with torch.no_grad(), bank.use([None, "b"] * 2):
+        found = model(X)
+    torch.testing.assert_close(found[::2], plain[::2])
+    torch.testing.assert_close(found[1::2], alone(folder, "b")[1::2])
+    with torch.no_grad(), bank.use([None] * 4):
+        torch.testing.assert_close(model(X), plain)
+    bank.set("c")
+    torch.testing.assert_close(model(X), alone(folder, "c"))
+    bank.set(None)
+    torch.testing.assert_close(model(X), plain)
+
+
+@pytest.mark.parametrize("name", ["a/", "./a", "../a", "a/../a", ""])
+def test_a_name_is_that_of_a_folder(folder, name):
+    bank = AdapterBank(net(), folder)
+    with pytest.raises(ValueError, match="has no adapter"):
+        bank.set(name)

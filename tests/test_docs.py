@@ -65,14 +65,6 @@ def test_a_snippet_that_needs_a_network_says_so_and_has_an_offline_twin(page):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_readmes_scripts_run_alone(tmp_path, monkeypatch):
-    """Vision and text are whole scripts: each runs in an empty namespace."""
-    monkeypatch.chdir(tmp_path)
-    for _, code, _ in blocks(ROOT / "README.md", "python")[:2]:
-        exec(compile(code, "README.md", "exec"), {"__name__": "a_script"})
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=a_name)
 def test_callbacks_in_yaml_can_be_made(page):
     for _, code, _ in blocks(page, "yaml"):

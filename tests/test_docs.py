@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +24,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(
-    r"^(?:<!-- *(?P<mark>[^\n]*?) *-->\n)?```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```", re.M | re.S
+    r"^(?:<!-- *(?P<mark>[^\n]*?) *-->\n)?```(?P<kind>\w*)"
+    r"(?: title=\"(?P<title>[^\"\n]*)\")?\n(?P<code>.*?)^```",
+    re.M | re.S,
 )
-"""A fenced block, and the marker on the line before it: why it does not run here."""
+"""A fenced block, the marker on the line before it (why it does not run here), and the file that it is."""
 
 
 def blocks(page: Path, *kinds: str) -> list[tuple[str, str, str]]:
@@ -40,8 +44,11 @@ def a_name(path: Path) -> str:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=a_name)
 def test_what_a_page_shows_runs_as_printed(page, tmp_path, monkeypatch, capsys):
-    """Python and ``uora`` commands, in the order of the page, which build on one another."""
+    """Python, ``uora`` commands and scripts of the page, in its order, which build on one another."""
     monkeypatch.chdir(tmp_path)
+    for block in FENCE.finditer(page.read_text()):
+        if block["title"]:
+            Path(block["title"]).write_text(block["code"])
     if "import bitsandbytes" in page.read_text():
         pytest.importorskip("bitsandbytes")  # of the extra quantized
     names: dict = {"__name__": "a_page"}
@@ -53,6 +60,9 @@ def test_what_a_page_shows_runs_as_printed(page, tmp_path, monkeypatch, capsys):
         elif not mark:
             for line in re.findall(r"^uora .*$", code, re.M):
                 assert main(shlex.split(line, comments=True)[1:]) == 0, line
+            for line in re.findall(r"^python (\w+\.py .*)$", code, re.M):
+                monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+                runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=a_name)

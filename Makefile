@@ -1,13 +1,14 @@
 # `make demo`: the main job on real data. `make test`: every check. `make sweep`: every architecture of timm and
 # transformers. `make soak`: the long run, broken at random, and 20,000 orders of what is done to a model (hours).
 # Each sets itself up in .venv once.
+# `make docs`: the documentation in outputs/site, where a broken link or a page that is left out is an error.
 # `make test-lowest`: all tests on the lowest versions that pyproject.toml declares, in .venv-lowest.
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: demo test test-lowest bench sweep soak clean
+.PHONY: demo test docs test-lowest bench sweep soak clean
 
 demo: .venv/.examples
 	$(BIN)/python examples/vision_timm.py
@@ -17,6 +18,9 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
 
 test-lowest: .venv-lowest/.test
 	$(LOWEST)/python -m pytest -r s
@@ -41,6 +45,10 @@ soak: .venv/.test
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(INSTALL) '.[test,quantized,onnx]'
 	touch $@ .venv/.examples
+
+.venv/.docs: pyproject.toml | .venv/bin/python
+	$(INSTALL) '.[docs]'
+	touch $@
 
 # uv picks the versions; it does not read pip's settings, so the index goes on to it, where pip has one set.
 .venv-lowest/.test: pyproject.toml

@@ -2,13 +2,14 @@
 # transformers. `make soak`: the long run, broken at random, and 20,000 orders of what is done to a model (hours).
 # Each sets itself up in .venv once.
 # `make docs`: the documentation in outputs/site, where a broken link or a page that is left out is an error.
+# `make dist`: sdist and wheel in dist/; the wheel, alone in .venv-dist, runs the guide, the command and old files.
 # `make test-lowest`: all tests on the lowest versions that pyproject.toml declares, in .venv-lowest.
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: demo test docs test-lowest bench sweep soak clean
+.PHONY: demo test docs dist test-lowest bench sweep soak clean
 
 demo: .venv/.examples
 	$(BIN)/python examples/vision_timm.py
@@ -21,6 +22,19 @@ test: .venv/.test
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
+
+DIST := .venv-dist/bin/python
+CHECKED := tests examples benchmarks docs mkdocs.yml README.md CHANGELOG.md CONTRIBUTING.md LICENSE pyproject.toml
+
+dist:
+	rm -rf dist build .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	$(DIST) -m pip install --quiet --disable-pip-version-check build
+	$(DIST) -m build --outdir dist .
+	$(DIST) -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[test]"
+	mkdir -p build/checked && cp -r $(CHECKED) build/checked
+	cd build/checked && ../../$(DIST) -m pytest tests/test_docs.py tests/test_readme.py tests/test_cli.py tests/test_fixtures.py
+	rm -rf build
 
 test-lowest: .venv-lowest/.test
 	$(LOWEST)/python -m pytest -r s

@@ -133,7 +133,9 @@ class UORACallback(Callback):
         require_choice("checkpoint", checkpoint, ("full", "adapter"))
         self.checkpoint: Literal["full", "adapter"] = checkpoint
         if reinit is not None and not isinstance(reinit, ReinitSchedule):
-            raise invalid("reinit", reinit, "a ReinitSchedule or None")
+            raise invalid(
+                "reinit", reinit, "a ReinitSchedule or None (from lightning_uora import ReinitSchedule)"
+            )
         self.reinit = reinit
         if reinit is not None:
             require_growth_possible(reinit.growth, self.config)
@@ -204,7 +206,8 @@ class UORACallback(Callback):
         self._rates = [(group, group["lr"]) for group in groups]
         if last:
             log_counts(trainer, self.summary)
-            print_table(trainer, pl_module, self.summary)
+            if not trainer.ckpt_path:
+                print_table(trainer, pl_module, self.summary)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,6 +218,8 @@ class UORACallback(Callback):
         if self._refreshing is not None:
             self._refreshing.start(trainer, mine)
         if self._speaks(trainer):
+            if trainer.ckpt_path:  # the rates are the checkpoint's from here on
+                print_table(trainer, pl_module, self.summary)
             self._guard.start(trainer, pl_module)
             warn_at_the_start(pl_module, self.config, summarize(pl_module))
 

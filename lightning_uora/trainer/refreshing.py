@@ -48,7 +48,8 @@ class Refreshing:
         if not due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"reinit never refreshes in this run of {total_steps(trainer)} steps: its window, from "
-                f"start={schedule.start} to stop={schedule.stop}, is empty."
+                f"start={schedule.start} to stop={schedule.stop} (fractions of the run; integers are steps), "
+                "is empty. reinit=None turns refreshes off."
             )
 
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

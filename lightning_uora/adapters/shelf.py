@@ -119,8 +119,9 @@ def _share(owners: list[Projections]) -> None:
                 continue
             init = "orthogonal" if config.init == "inputs" else config.init
             key = (name, config.rank, config.seed, init, M.device, M.dtype)
-            if torch.equal(seen.setdefault(key, M), M):
-                owner._buffers[name] = seen[key]
+            known = seen.setdefault(key, M)
+            if known is not M and torch.equal(known, M):
+                owner._buffers[name] = known
 
 
 def shelf_of(one: Attachment) -> Shelf:

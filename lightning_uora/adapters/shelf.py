@@ -106,7 +106,7 @@ class Shelf(nn.Module):
     def share(self) -> None:
         """One memory for what all adapters share, the one that computes among them."""
         waiting = [cast(Shelved, child).projections for child in self._modules.values()]
-        _share([self.__dict__["on"], *waiting] if "on" in self.__dict__ else waiting)
+        _share([*waiting, self.__dict__["on"]] if "on" in self.__dict__ else waiting)
 
 
 def _share(owners: list[Projections]) -> None:

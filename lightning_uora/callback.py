@@ -219,7 +219,7 @@ class UORACallback(Callback):
             self._refreshing.start(trainer, mine)
         if self._speaks(trainer):
             if trainer.ckpt_path:  # the rates are the checkpoint's from here on
-                print_table(trainer, pl_module, self.summary)
+                print_table(trainer, pl_module, summarize(pl_module))
             self._guard.start(trainer, pl_module)
             warn_at_the_start(pl_module, self.config, summarize(pl_module))
 

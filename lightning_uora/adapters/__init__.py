@@ -47,7 +47,6 @@ from lightning_uora.adapters.projections import (
 from lightning_uora.adapters.roles import find_heads
 from lightning_uora.adapters.several import (
     add_adapter,
-    own_heads,
     remove_adapter,
     require_free,
     require_name,
@@ -55,7 +54,7 @@ from lightning_uora.adapters.several import (
     settle_beside,
     undo,
 )
-from lightning_uora.adapters.shelf import Shelved, activated, adapter_names, put_back, put_off, shelf_of
+from lightning_uora.adapters.shelf import activated, adapter_names, item_of, put_back, put_off, shelf_of
 from lightning_uora.adapters.stacked import active_experts, has_experts, named_layers
 from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
@@ -69,7 +68,6 @@ __all__ = [
     "Part",
     "Projections",
     "Selection",
-    "Shelved",
     "activated",
     "active_experts",
     "adapter_names",
@@ -91,6 +89,7 @@ __all__ = [
     "is_offloaded",
     "is_opaque",
     "is_quantised",
+    "item_of",
     "kept_elsewhere",
     "key_of",
     "merged_flops",
@@ -100,7 +99,6 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "one_thread",
-    "own_heads",
     "packed",
     "packed_parts",
     "param_groups",

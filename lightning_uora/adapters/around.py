@@ -19,9 +19,10 @@ class AdaptedAround(AdaptedModule):
     """A module whose weight cannot be read, see Note [What is opaque]; always factored."""
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own output plus ``b * (B (d * (A x)))``."""
-        out = super().forward(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output plus ``b * (B (d * (A x)))``; x comes first, or as ``x`` or ``input``."""
+        out = super().forward(*args, **kwargs)
+        x: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else kwargs["x"]
         owner = self._uora.owner
         if owner.disabled:
             return out

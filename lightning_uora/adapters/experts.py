@@ -42,7 +42,7 @@ class AdaptedExperts(AdaptedModule):
     @property
     def off(self) -> bool:
         """Whether the base alone computes."""
-        return self._uora.owner.disabled > 0 and not self._uora.mixed
+        return self._uora.owner.disabled > 0 and not self._uora.in_block
 
     @property
     def factors(self) -> bool:

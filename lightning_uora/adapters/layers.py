@@ -58,7 +58,7 @@ class Adapter:
         raw: Reads and assignments of the adapted parameters are of the base (a state dict's, a hook's).
         before: Attributes of a quantised module as they were.
         norm: Of a quantised weight, once it was asked for.
-        mixed: Of experts: it computes in a mixed batch, in which its owner is switched off.
+        in_block: Of experts in a mixed batch: it computes, though its owner is switched off.
         mixing: Its module computes in a mixed batch, see Note [Weights in a mixed batch].
         reading: There its own forward runs.
     """
@@ -73,7 +73,7 @@ class Adapter:
     raw: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     norm: Tensor | None = None
-    mixed: bool = False
+    in_block: bool = False
     mixing: bool = False
     reading: int = 0
 

@@ -177,13 +177,13 @@ def by_row(
 ) -> Tensor:
     """The base, and all updates by row; or once for each adapter where that is less work."""
     if x is None:  # by its name, which is another one in each class
-        x = cast(Tensor, kwargs.pop(next(iter(kwargs))))
+        x = cast(Tensor, kwargs.pop("input") if "input" in kwargs else kwargs.pop("x"))
     (part,) = next(iter(mine.values())).adapter.parts.values()
     lean = not torch.is_grad_enabled() and not wants_plain() and not is_opaque(module)
     if lean and _worth_grouping(module, mix, mine, x, part.m, part.n):
-        return cast(Tensor, by_adapter(module, path, mix, {path: (module, mine, {})}, x, *args))
+        return cast(Tensor, by_adapter(module, path, mix, {path: (module, mine, {})}, x, *args, **kwargs))
     with _reading([module]):
-        out: Tensor = type(module).forward(module, x, *args)
+        out: Tensor = type(module).forward(module, x, *args, **kwargs)
     mix.times(x, f"layer {path!r}")
     samples = mix.numbers(x.device)
     for table in shared[0]:
@@ -301,24 +301,40 @@ READING = "_uora_reading"
 """Of a module whose own parameters are exchanged: how many of its forwards run."""
 
 
+GUARDED_PATH = "_uora_path"
+
+
 @contextmanager
 def guarded(module: nn.Module, path: str, leaves: Iterable[str]) -> Iterator[None]:
     """Inside, exchanged parameters are the module's own business; see Note [Weights in a mixed batch]."""
-    before = type(module)
-    body: dict[str, Any] = {leaf: _guard(path, leaf) for leaf in leaves}
-    module.__dict__[READING] = 0
-    module.__class__ = type(before.__name__, (before,), {**body, "__module__": before.__module__})
+    before, own = type(module), module.__dict__
+    outer = {key: own[key] for key in (READING, GUARDED_PATH) if key in own}
+    own[READING], own[GUARDED_PATH] = 0, path
+    module.__class__ = _guarded_class(before, tuple(sorted(leaves)))
     try:
         yield
     finally:
         module.__class__ = before
-        del module.__dict__[READING]
+        del own[READING], own[GUARDED_PATH]
+        own.update(outer)
 
 
-def _guard(path: str, leaf: str) -> property:
+_GUARDED: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+"""One for each class and leaves: compiled code asks for the type."""
+
+
+def _guarded_class(cls: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+    if (cls, leaves) not in _GUARDED:
+        body: dict[str, Any] = {leaf: _guard(leaf) for leaf in leaves}
+        _GUARDED[cls, leaves] = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
+    return _GUARDED[cls, leaves]
+
+
+def _guard(leaf: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
-        parameter = self._parameters[leaf]
-        return parameter if parameter is None or self.__dict__[READING] else mixed_weight(parameter, path)
+        parameter, own = self._parameters[leaf], self.__dict__
+        free = parameter is None or own[READING]
+        return parameter if free else mixed_weight(cast(Tensor, parameter), own[GUARDED_PATH])
 
     return property(read)
 

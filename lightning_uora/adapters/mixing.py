@@ -22,13 +22,14 @@ from lightning_uora.adapters.mixed_layers import (
     guarded,
     tables_of,
 )
-from lightning_uora.adapters.mixing_experts import blocks_in, stand_ready
+from lightning_uora.adapters.mixing_experts import blocks_in
 from lightning_uora.adapters.names import named_modules, named_parameters
 from lightning_uora.adapters.offloaded import KEPT_FORWARD
 from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.projections import Projections
-from lightning_uora.adapters.several_layers import LayerOf, item_of, layers_of, trained_with
-from lightning_uora.adapters.shelf import adapter_names, require_known, the_only
+from lightning_uora.adapters.several_layers import LayerOf, layers_of, trained_with
+from lightning_uora.adapters.shelf import adapter_names, item_of, require_known, the_only
+from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import Experts, named_layers
 
 __all__ = ["use_adapters"]
@@ -51,7 +52,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     Forward and backward: every adapter that is named gets its gradient, the others none. Equal to each sample
     with its adapter alone, to rounding. Heads that were trained with an adapter compute for its samples; for
-    None, and for an adapter that trained none, those that the model had before (of a first adapter its own).
+    an adapter that trained none those that the model had before it; for None those of the adapter in use.
     Wherever an adapted or exchanged module is called, the first axis of its input has to be the batch, or the
     batch times something, sample after sample: a model that goes on with (tokens, batch) or sorts windows
     first is not mixed rightly where the sizes happen to divide; compare a batch with ``set_adapter`` once.
@@ -92,7 +93,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     mix.blocks = bool(blocks)
     with ExitStack() as undo:
         modules = named_modules(one.root)
-        undo.enter_context(stand_ready(layers))
+        undo.enter_context(_stand_ready(layers))
         for path, paths in blocks.items():
             held = [(layers[stack], next(iter(layers[stack].values())).module) for stack in paths]
             undo.enter_context(_forward_of(modules[path], partial(by_block, modules[path], path, mix, held)))
@@ -156,16 +157,28 @@ def _switched_off(owners: Iterable[Projections]) -> Iterator[None]:
 
 
 @contextmanager
+def _stand_ready(layers: Mapping[str, Mapping[int, LayerOf]]) -> Iterator[None]:
+    """Inside, every layer is of an adapted class, whichever adapter it is of."""
+    with ExitStack() as undo:
+        for mine in layers.values():
+            first = next(iter(mine.values()))
+            if not isinstance(first.module, AdaptedModule):
+                specialised = specialise(first.module, first.adapter.owner, first.adapter.index)
+                undo.callback(unspecialise, specialised)
+        yield
+
+
+@contextmanager
 def _marked(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, who takes the weights of these modules is told."""
-    adapters = [m._uora for m in modules if isinstance(m, AdaptedModule)]
-    for adapter in adapters:
+    before = [(m._uora, m._uora.mixing) for m in modules if isinstance(m, AdaptedModule)]
+    for adapter, _ in before:
         adapter.mixing = True
     try:
         yield
     finally:
-        for adapter in adapters:
-            adapter.mixing = False
+        for adapter, mixing in before:
+            adapter.mixing = mixing
 
 
 def _layers(one: Attachment, chosen: list[str]) -> dict[str, dict[int, LayerOf]]:
@@ -186,7 +199,8 @@ Swapped = dict[str, dict[int, dict[str, Tensor]]]
 def _swapped(one: Attachment, chosen: list[str], numbers: set[int]) -> Swapped:
     """What trained besides, of who is in the batch: by module, number of the adapter and name in the module.
 
-    An adapter that did not train a parameter, and the base, compute with what the model had before.
+    An adapter that did not train a parameter computes with what the model had before, the base with what is
+    there.
     """
     found: Swapped = {}
     here = named_parameters(one.root, every=True)
@@ -194,12 +208,11 @@ def _swapped(one: Attachment, chosen: list[str], numbers: set[int]) -> Swapped:
     in_use = trained_with(one, one.owner.name, here)
     for name in dict.fromkeys((*in_use, *(trained for own in of.values() for trained in own))):
         before = one.owner.displaced.get(name, here[name])
-        values = {number: own.get(name, before) for number, own in of.items()}
+        values = {number: own.get(name, before) if number >= 0 else here[name] for number, own in of.items()}
         if all(value is here[name] for value in values.values()):
             continue
-        for place in (
-            place for place, p in here.items() if p is here[name]
-        ):  # a tied one under all its names
+        tied = [place for place, p in here.items() if p is here[name]]  # all its names
+        for place in tied:
             path, _, leaf = place.rpartition(".")
             for number, value in values.items():
                 found.setdefault(path, {}).setdefault(number, {})[leaf] = value
@@ -224,9 +237,7 @@ def _forwards(
     for path in dict.fromkeys((*paths, *(outer[path] for path in inside))):
         module, mine, besides = modules[path], layers.get(path, {}), swapped.get(path, {})
         kind = getattr(type(module), "uora_original", type(module))
-        if isinstance(module, Experts):  # see Note [Experts in a mixed batch]
-            continue
-        if path in inside:
+        if path in inside or isinstance(module, Experts):  # see Note [Experts in a mixed batch]
             continue
         if mine and not besides and (has_plain_forward(kind) or is_opaque(module)):
             (part,) = next(iter(mine.values())).adapter.parts.values()

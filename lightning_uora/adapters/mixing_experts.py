@@ -8,12 +8,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_uora.adapters.layers import AdaptedModule
 from lightning_uora.adapters.several_layers import LayerOf
-from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import Experts
 
-__all__ = ["blocks_in", "computing", "require_no_records", "stand_ready"]
+__all__ = ["blocks_in", "computing", "require_no_records"]
 
 # Note [Experts in a mixed batch]
 # Experts see tokens in the router's order, not samples. So the block around them, whose input still is the
@@ -57,18 +55,6 @@ def require_no_records(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def stand_ready(layers: Mapping[str, Mapping[int, LayerOf]]) -> Iterator[None]:
-    """Inside, every layer is of an adapted class, whichever adapter it is of."""
-    with ExitStack() as undo:
-        for mine in layers.values():
-            first = next(iter(mine.values()))
-            module = first.module
-            if not isinstance(module, AdaptedModule):
-                undo.callback(unspecialise, specialise(module, first.adapter.owner, first.adapter.index))
-        yield
-
-
-@contextmanager
 def computing(mine: Iterable[tuple[nn.Module, LayerOf | None]]) -> Iterator[None]:
     """Inside, stacked experts compute with an adapter's vectors; None: with the base's weights."""
     with ExitStack() as undo:
@@ -79,7 +65,7 @@ def computing(mine: Iterable[tuple[nn.Module, LayerOf | None]]) -> Iterator[None
             vectors = {name: held[name] for name in ("uora_d", "uora_b")}
             undo.callback(held.update, vectors)
             undo.callback(module.__dict__.__setitem__, "_uora", before)
-            undo.callback(setattr, layer.adapter, "mixed", layer.adapter.mixed)
-            module.__dict__["_uora"], layer.adapter.mixed = layer.adapter, True
+            undo.callback(setattr, layer.adapter, "in_block", layer.adapter.in_block)
+            module.__dict__["_uora"], layer.adapter.in_block = layer.adapter, True
             held.update(uora_d=cast(nn.Parameter, layer.uora_d), uora_b=cast(nn.Parameter, layer.uora_b))
         yield

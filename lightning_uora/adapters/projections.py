@@ -107,7 +107,6 @@ class Projections(nn.Module):
         self.name = "default"  # of the adapter
         self.disabled = 0
         self.mixing = False  # switched off by a mixed batch
-        self.hidden: dict[str, nn.Parameter] = {}  # what trains besides, while the base's stands in its place
         self.set_off = False  # by set_adapter(model, None)
         self.displaced: dict[str, nn.Parameter] = {}  # by what trains besides, see Note [Adapters on a shelf]
         self.requires_grad_before: dict[str, bool] = {}
@@ -435,6 +434,8 @@ class Projections(nn.Module):
         whole = [name for name in self._buffers if _is_own(name) and ":" not in name]
         exact = {name: cast(Tensor, self._buffers[name]) for name in whole}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        aside = nn.ParameterList(self.displaced.values())  # stands nowhere in the model
+        aside._apply(fn)  # type: ignore[no-untyped-call]
         for name, A in exact.items():  # from the inputs: moved, not cast
             moved = cast(Tensor, self._buffers[name])
             if moved.dtype != A.dtype:

@@ -10,14 +10,12 @@ from lightning_uora.adapters.names import SHELF, named_parameters
 from lightning_uora.adapters.shelf import (
     Shelf,
     adapter_names,
-    hide_heads,
     put_back,
     put_last,
     put_off,
     replace_parameter,
     require_known,
     shelf_of,
-    show_heads,
     the_only,
 )
 from lightning_uora.adapters.targets import Selection
@@ -25,7 +23,6 @@ from lightning_uora.config import UORAConfig
 
 __all__ = [
     "add_adapter",
-    "own_heads",
     "remove_adapter",
     "require_free",
     "require_name",
@@ -84,13 +81,6 @@ def add_adapter(
 def settle_beside(new: Attachment, name: str) -> None:
     """Make an adapter that was just attached one of several: its name, and parameters of its own."""
     new.owner.name = name
-    own_heads(new)
-    shelf_of(new).order.append(name)
-    put_last(new.root)
-
-
-def own_heads(new: Attachment) -> None:
-    """What trains besides gets parameters of the adapter's own; what the model has now is kept."""
     parameters = named_parameters(new.root, every=True)
     for trained in new.owner.trained:
         old = parameters[trained]
@@ -99,6 +89,8 @@ def own_heads(new: Attachment) -> None:
             replace_parameter(new.root, old, copied)
             old.requires_grad_(False)
             new.owner.displaced[trained] = old
+    shelf_of(new).order.append(name)
+    put_last(new.root)
 
 
 def undo(one: Attachment) -> None:
@@ -132,8 +124,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Args:
         model: The adapted model, or one around it.
         name: Of an adapter, with the heads that were trained with it; None: the frozen base's weights, until
-            an adapter is set again, with the heads that the model had before the second adapter came (the
-            first one's, where it was attached to a model and trained).
+            an adapter is set again; heads stay those of the adapter in use.
 
     Raises:
         ValueError: No adapter has that name (near misses are named).
@@ -142,7 +133,6 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     if name is None:
         if not one.owner.set_off:
             one.owner.set_off, one.owner.disabled = True, one.owner.disabled + 1
-            hide_heads(one)
         return
     require_known(model, name)
     if one.owner.name != name:
@@ -151,7 +141,6 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     one = the_only(model, "set_adapter")
     if one.owner.set_off:  # it may have gone to the shelf like that
         one.owner.set_off, one.owner.disabled = False, one.owner.disabled - 1
-        show_heads(one)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

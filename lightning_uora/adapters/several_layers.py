@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from lightning_uora.adapters.attachments import Attachment
 from lightning_uora.adapters.layers import Adapter
-from lightning_uora.adapters.names import SHELF
 from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.own_rows import Own
-from lightning_uora.adapters.shelf import Shelved
+from lightning_uora.adapters.shelf import item_of
 from lightning_uora.adapters.stacked import home, named_layers
 
-__all__ = ["LayerOf", "item_of", "layers_of", "trained_with"]
+__all__ = ["LayerOf", "layers_of", "trained_with"]
 
 
 class LayerOf(NamedTuple):
@@ -54,11 +53,6 @@ class LayerOf(NamedTuple):
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
 
-def item_of(one: Attachment, name: str) -> Shelved:
-    """An adapter that waits."""
-    return cast(Shelved, cast(nn.Module, one.root._modules[SHELF])._modules[name])
-
-
 def layers_of(one: Attachment, name: str, here: dict[str, nn.Module] | None = None) -> dict[str, LayerOf]:
     """The layers of an adapter at this root, by path; ``here`` are its :func:`named_layers`, if known."""
     if name == one.owner.name:
@@ -71,6 +65,6 @@ def layers_of(one: Attachment, name: str, here: dict[str, nn.Module] | None = No
 def trained_with(one: Attachment, name: str, here: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """What trained besides the vectors, by its name in the model; ``here`` are the model's parameters."""
     if name == one.owner.name:
-        return {trained: one.owner.hidden.get(trained, here[trained]) for trained in one.owner.trained}
+        return {trained: here[trained] for trained in one.owner.trained}
     item = item_of(one, name)
     return {trained: cast(Tensor, item._parameters[key]) for key, trained in item.trained.items()}

@@ -21,8 +21,8 @@ from lightning_uora.adapters.specialise import specialise, unspecialise
 from lightning_uora.adapters.stacked import named_layers
 from lightning_uora.distributed import first_rank, is_sharded
 
-__all__ = ["Shelf", "Shelved", "activated", "adapter_names", "hide_heads", "put_back", "put_last", "put_off"]
-__all__ += ["replace_parameter", "require_known", "shelf_of", "show_heads", "switch", "the_only"]
+__all__ = ["Shelf", "Shelved", "activated", "adapter_names", "item_of", "put_back", "put_last", "put_off"]
+__all__ += ["replace_parameter", "require_known", "shelf_of", "switch", "the_only"]
 
 # Note [Adapters on a shelf]
 # An adapter is its owner (A, B, own rows, record), d and b of its layers, and what trained besides: heads,
@@ -133,6 +133,11 @@ def shelf_of(one: Attachment) -> Shelf:
     return cast(Shelf, found)
 
 
+def item_of(one: Attachment, name: str) -> Shelved:
+    """An adapter that waits."""
+    return cast(Shelved, cast(nn.Module, one.root._modules[SHELF])._modules[name])
+
+
 def put_last(root: nn.Module) -> None:
     """The shelf stands behind the adapter that computes, in state dicts too, and knows its A and B."""
     shelf = cast(Shelf, root._modules.pop(SHELF))
@@ -212,7 +217,6 @@ def put_off(one: Attachment) -> None:
     """Take the adapter that is on the model to the shelf."""
     root, owner, shelf = one.root, one.owner, shelf_of(one)
     item = Shelved(owner, cast(str, one.key))
-    show_heads(one)
     parameters = named_parameters(root, every=True)
     item.statistics = _statistics(root)
     forget_resizing(one)
@@ -261,8 +265,6 @@ def put_back(root: nn.Module, name: str) -> None:
             "adapters share them; keep BatchNorm in eval() while one of several trains.",
             stacklevel=4,
         )
-    if owner.set_off:
-        hide_heads(attachment_of(root, "set_adapter"))
     watch_resizing(attachment_of(root, "set_adapter"))
 
 
@@ -270,23 +272,7 @@ def _statistics(root: nn.Module) -> dict[str, float]:
     """A number for each buffer of the base that moves in training, such as BatchNorm's running mean."""
     norms = {p: m for p, m in named_modules(root).items() if getattr(m, "track_running_stats", False)}
     named = ((f"{p}.{leaf}".lstrip("."), b) for p, m in norms.items() for leaf, b in m._buffers.items())
-    return {name: float(b.double().sum()) for name, b in named if b is not None and not b.is_meta}
-
-
-def hide_heads(one: Attachment) -> None:
-    """Put what stood in the model before in the place of what trained besides."""
-    parameters = named_parameters(one.root, every=True)
-    for name, there in one.owner.displaced.items():
-        if name not in one.owner.hidden:
-            one.owner.hidden[name] = parameters[name]
-            replace_parameter(one.root, parameters[name], there)
-
-
-def show_heads(one: Attachment) -> None:
-    """Undo :func:`hide_heads`."""
-    for name, own in one.owner.hidden.items():
-        replace_parameter(one.root, one.owner.displaced[name], own)
-    one.owner.hidden = {}
+    return {name: float(b.float().sum()) for name, b in named if b is not None and not b.is_meta}
 
 
 def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -23,9 +23,9 @@ from lightning_uora.adapters import (
     adapter_names,
     attach_to,
     attachment_of,
+    detach_uora,
     is_adapted,
     named_adapters,
-    own_heads,
     packed,
     put_back,
     put_off,
@@ -35,6 +35,7 @@ from lightning_uora.adapters import (
     undo,
     unwrapped,
 )
+from lightning_uora.config import UORAConfig
 from lightning_uora.distributed import first_rank, is_sharded, whole
 from lightning_uora.storage.manifest import check_manifest, check_vectors, config_of
 from lightning_uora.storage.placing import place_of, renamed
@@ -47,7 +48,7 @@ from lightning_uora.storage.restoring import (
     trained_state,
 )
 
-__all__ = ["load_adapter", "read", "save_adapter", "write_folder"]
+__all__ = ["BASE", "load_adapter", "load_onto_base", "read", "save_adapter", "write_folder"]
 
 CONFIG_FILE = "uora_config.json"
 TENSOR_FILE = "uora_adapter.safetensors"
@@ -213,12 +214,26 @@ def load_adapter(
     return names
 
 
-def load_beside_base(model: nn.Module, directory: str | Path, base_mismatch: Mismatch, name: str) -> None:
-    """As :func:`load_adapter`; heads that a first adapter takes the place of are kept for the base."""
+BASE = "(base)"
+"""An adapter that computes nothing, so that the base and its own heads stay the base."""
+
+
+def load_onto_base(model: nn.Module, directory: str | Path, base_mismatch: Mismatch, name: str) -> None:
+    """As :func:`load_adapter`; on a model without adapters it comes beside one called ``BASE``."""
     if is_adapted(model):
         load_adapter(model, directory, base_mismatch, name=name)
-    else:
-        _load(model, *read(directory), base_mismatch, True, name, keep_heads=True)
+        return
+    manifest, tensors = read(directory)
+    place = place_of(unwrapped(model), manifest, tensors, True, base_mismatch == "warn")
+    first = manifest["adapted"][0].removeprefix(place.without)
+    nothing = UORAConfig(rank=1, target_modules=(first,), trainable_modules=())
+    attach_to(place.root, nothing, Selection((first,), ()))
+    attachment_of(place.root, "load_adapter").owner.name = BASE
+    try:
+        load_adapter(model, directory, base_mismatch, name=name)
+    except BaseException:
+        detach_uora(place.root)
+        raise
 
 
 def _load(
@@ -229,7 +244,6 @@ def _load(
     head: bool,
     called: str,
     beside: Attachment | None = None,
-    keep_heads: bool = False,
 ) -> list[str]:
     config = config_of(manifest)
     place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
@@ -257,8 +271,6 @@ def _load(
     try:
         if beside is not None:
             settle_beside(one, called)
-        elif keep_heads:
-            own_heads(one)
         restore(one, manifest, tensors, base_mismatch, place.aside, shared=beside is not None)
     except BaseException:
         undo(one)

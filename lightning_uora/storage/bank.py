@@ -17,14 +17,16 @@ from lightning_uora.adapters import (
     set_adapter,
     use_adapters,
 )
-from lightning_uora.storage.adapter_files import CONFIG_FILE, load_beside_base
+from lightning_uora.storage.adapter_files import BASE, CONFIG_FILE, load_onto_base
 from lightning_uora.storage.restoring import Mismatch
 
 __all__ = ["AdapterBank"]
 
 # Note [What a bank keeps]
 # The adapters that it has loaded, by when they were last named; those that the user put on the model are not
-# its own and stay. One thread at a time computes with them: a mixed batch changes the model for a while.
+# its own and stay. A model without adapters gets one that computes nothing, called "(base)": outside of a
+# batch it is the one that computes, so the base and its heads are as they were. One thread at a time computes
+# with adapters: a mixed batch changes the model for a while.
 
 
 class AdapterBank:
@@ -79,7 +81,7 @@ class AdapterBank:
         with self._lock:
             self._fetch([] if name is None else [name])
             if is_adapted(self.model):  # else it is the base already
-                set_adapter(self.model, name)
+                set_adapter(self.model, BASE if name is None and BASE in adapter_names(self.model) else name)
 
     @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -118,12 +120,11 @@ class AdapterBank:
             raise ValueError(f"the bank {self.directory} has no adapter {name!r}; it has {known}.")
         before, off = _computing(self.model)
         try:
-            load_beside_base(self.model, folder, self.base_mismatch, name)
+            load_onto_base(self.model, folder, self.base_mismatch, name)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} of the bank: {error}") from error
-        if before is not None:
-            set_adapter(self.model, before)
-        if off or before is None:  # a base without adapters goes on to compute as the base
+        set_adapter(self.model, BASE if before is None else before)
+        if off:
             set_adapter(self.model, None)
 
     def _drop(self, keep: list[str]) -> None:
@@ -131,8 +132,11 @@ class AdapterBank:
         while len(self._recent) > self.limit:
             oldest = next(name for name in self._recent if name not in keep)
             del self._recent[oldest]
-            if _computing(self.model)[0] == oldest:
+            before, off = _computing(self.model)
+            if before == oldest:
                 set_adapter(self.model, next(n for n in adapter_names(self.model) if n != oldest))
+                if off:
+                    set_adapter(self.model, None)
             remove_adapter(self.model, oldest)
 
 

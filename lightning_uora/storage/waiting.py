@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -12,11 +12,11 @@ from lightning_uora.adapters import (
     SHELF,
     Attachment,
     Selection,
-    Shelved,
     activated,
     adapter_names,
     attach_to,
     attachment_of,
+    item_of,
     put_back,
     put_off,
     settle_beside,
@@ -34,8 +34,8 @@ __all__ = [
     "projections_on_shelf",
     "put_waiting",
     "stored_on_shelf",
+    "take_waiting",
 ]
-__all__ += ["stored_on_shelf", "take_waiting"]
 
 # Note [Several adapters in a checkpoint]
 # The state dict has the adapters that wait under the shelf's name, by number: d and b of the n-th adapted
@@ -47,12 +47,12 @@ __all__ += ["stored_on_shelf", "take_waiting"]
 def describe_waiting(one: Attachment) -> dict[str, Any]:
     """What the manifest of the adapter that computes says of its name and of the others; nothing if alone."""
     names = _names(one)
-    if names in ([], ["default"]):
+    if names == ["default"]:
         return {}
     waiting = []
     for name in names:
         if name != one.owner.name:
-            item = shelved(one, name)
+            item = item_of(one, name)
             manifest = told(item.projections, item.facts, list(item.trained.values()))
             waiting.append({**manifest, "adapter": name, "besides": dict(item.trained)})
     return {"adapter": one.owner.name, "order": names, "waiting": waiting}
@@ -61,11 +61,6 @@ def describe_waiting(one: Attachment) -> dict[str, Any]:
 def _names(one: Attachment) -> list[str]:
     """Adapters at a root, which may have several owners of other layers if it has no shelf."""
     return adapter_names(one.root) if SHELF in one.root._modules else [one.owner.name]
-
-
-def shelved(one: Attachment, name: str) -> Shelved:
-    """One adapter on the shelf of a root."""
-    return cast(Shelved, shelf_of(one)._modules[name])
 
 
 def _place(one: Attachment, name: str) -> str:
@@ -89,7 +84,7 @@ def stored_on_shelf(one: Attachment) -> dict[str, Tensor]:
     """Of A and B of the adapters that wait what seed and record cannot rebuild, by key."""
     found: dict[str, Tensor] = {}
     for prefix in projections_on_shelf(one):
-        owner = shelved(one, prefix.split(".")[-3]).projections
+        owner = item_of(one, prefix.split(".")[-3]).projections
         owner.require_calibrated("an adapter checkpoint")
         found |= {f"{prefix}{name}": A for name, A in owner.stored().items()}
     return found
@@ -111,7 +106,7 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
         name = waiting["adapter"]
         if name not in _names(one):
             _shelve(one, waiting)
-        item = shelved(one, name)
+        item = item_of(one, name)
         different = differences(config_of(waiting), "saved", item.projections.config, "here")
         here = (list(item.projections.adapted), list(item.trained.values()))
         if different or here != (waiting["adapted"], waiting["trained"]):

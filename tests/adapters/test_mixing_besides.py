@@ -22,7 +22,7 @@ from lightning_uora import (
     set_adapter,
     use_adapters,
 )
-from tests.adapters.test_mixing import scatter
+from tests.adapters.test_mixing import LINEAR, Reads, inputs, scatter, three
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5), dtype=torch.double)
 NAMES = ["default", "second", None, "second"]
@@ -118,8 +118,10 @@ def test_what_trained_besides_is_its_adapters_own(kind: str, graph: bool, comput
     model, wanted = two(kind), []
     with torch.set_grad_enabled(graph):
         for sample, name in zip(X, NAMES, strict=True):
-            set_adapter(model, name)
+            set_adapter(model, name or computes or "second")
+            set_adapter(model, name)  # None: with the heads of the one in use
             wanted.append(model(sample[None])[0])
+        set_adapter(model, computes or "second")
         set_adapter(model, computes)
         before = model(X)
         with use_adapters(model, NAMES):
@@ -249,9 +251,35 @@ def test_layers_are_called_by_the_name_of_their_input():
     model = Named().double()
     attach_uora(model, config("mid"))
     scatter(model, 1)
-    assert torch.equal(model(X), model.mid(X))
+    wanted = model.mid(X)
+    assert torch.equal(model(X), wanted)
     with use_adapters(model, ["default", None] * 2):
-        torch.testing.assert_close(model(X)[::2], model.mid(X)[::2])
+        torch.testing.assert_close(model(X)[::2], wanted[::2])
+
+
+def test_quantised_layers_are_called_by_the_name_of_their_input():
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    quantize_(model, Int8WeightOnlyConfig())
+    attach_uora(model, config("1"))
+    scatter(model, 1)
+    wanted = model[1](X.float())
+    assert torch.equal(model[1](input=X.float()), wanted)
+    with use_adapters(model, ["default"] * 4):
+        torch.testing.assert_close(model[1](input=X.float()), wanted)
+
+
+def test_a_context_inside_of_another_leaves_the_outer_one_as_it_was():
+    torch.manual_seed(0)
+    model = three(Reads().double(), LINEAR)
+    x = inputs(4, 7)["x"]
+    with use_adapters(model, ["second"] * 6):
+        with use_adapters(model, ["default"] * 6):
+            pass
+        with pytest.raises(ValueError, match="the weight of 'rows' is read by another"):
+            model(x)
 
 
 def test_names_are_any_sequence_of_names():

@@ -328,3 +328,29 @@ def test_a_plain_model_has_none():
     assert adapter_names(net()) == []
     with pytest.raises(ValueError, match="holds no adapted model"):
         add_adapter(net(), "x")
+
+
+def test_switched_off_is_saved_and_merged_with_its_own_head(tmp_path):
+    model, outputs = two()
+    set_adapter(model, None)
+    save_adapter(model, tmp_path)
+    fresh = net()
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(fresh(X), outputs["second"])
+    twin, _ = two()
+    twin.load_state_dict(model.state_dict())
+    set_adapter(twin, "second")
+    assert torch.equal(twin(X), outputs["second"])
+    detach_uora(model, merge=True)
+    torch.testing.assert_close(model(X), outputs["second"])
+
+
+def test_what_stood_in_the_model_before_is_cast_with_it():
+    model = net()
+    attach_uora(model, UORAConfig(rank=4, target_modules=["body.0"], trainable_modules=()))
+    base = train(model)
+    add_adapter(model, "headed", UORAConfig(rank=4, target_modules=["body.2"], trainable_modules=["head"]))
+    train(model)
+    model.double()
+    set_adapter(model, "default")
+    torch.testing.assert_close(model(X.double()).float(), base)

@@ -61,7 +61,7 @@ def test_a_batch_names_adapters_and_the_least_recently_named_goes(folder):
         for sample, name in enumerate(names):
             torch.testing.assert_close(found[sample], alone(folder, name)[sample])
     assert bank.resident == ["d", "e", "a"]
-    assert set(adapter_names(model)) == {"a", "d", "e"}
+    assert set(adapter_names(model)) == {"(base)", "a", "d", "e"}
     bank.set("b")
     torch.testing.assert_close(model(X), alone(folder, "b"))
     assert bank.resident == ["e", "a", "b"]
@@ -165,3 +165,27 @@ def test_a_name_is_that_of_a_folder(folder, name):
     bank = AdapterBank(net(), folder)
     with pytest.raises(ValueError, match="has no adapter"):
         bank.set(name)
+
+
+def test_a_plain_base_stays_the_base_while_adapters_come_and_go(folder):
+    model = net()
+    plain, bank = model(X).detach(), AdapterBank(model, folder, limit=1)
+    for name in "abc":
+        with torch.no_grad(), bank.use([name] * 4):
+            torch.testing.assert_close(model(X), alone(folder, name))
+        torch.testing.assert_close(model(X), plain)
+    bank.set("a")  # and it is dropped while it computes
+    with torch.no_grad(), bank.use(["b"] * 4):
+        torch.testing.assert_close(model(X), alone(folder, "b"))
+    assert adapter_names(model) == ["(base)", "b"]
+    torch.testing.assert_close(model(X), plain)
+
+
+def test_a_first_folder_that_is_refused_leaves_a_plain_base(folder):
+    model = net(seed=5)
+    keys, bank = list(model.state_dict()), AdapterBank(model, folder)
+    with pytest.raises(ValueError, match=r"adapter 'a' of the bank: .*another base"):
+        bank.set("a")
+    assert adapter_names(model) == []
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())

@@ -19,7 +19,7 @@ from lightning_uora import (
     save_adapter,
     set_adapter,
 )
-from lightning_uora.adapters import activated, attachment_of, named_layers
+from lightning_uora.adapters import activated, attachment_of
 from lightning_uora.cli import main
 from lightning_uora.storage import read_checkpoint
 from tests.trainer.test_names import Task, X, data
@@ -203,4 +203,3 @@ def test_a_damaged_shelf_is_refused_in_a_line(tmp_path, what):
     torch.save(checkpoint, tmp_path / "bad.ckpt")
     with pytest.raises(ValueError, match="is damaged"):
         load_from_checkpoint(Task, tmp_path / "bad.ckpt")
-    assert named_layers(module)

@@ -1,20 +1,24 @@
 """Mixed batches: every sample with its own adapter, against PEFT's LoRA r 8 (``adapter_names``).
 
-    python benchmarks/many_adapters.py            # ten minutes on two cores
+    python benchmarks/many_adapters.py            # about 25 minutes on two busy cores
     python benchmarks/many_adapters.py --quick    # tiny shapes: whether every row runs; nothing is kept
 
 Forward passes without gradients, adapters of random numbers on all linear layers, one adapter and 8 and 64 in
 a batch; times are medians of interleaved rounds in one process, each over the base's of the same round.
 ViT-tiny sees 32 images (so at most 32 adapters a batch). The GPT-2 shape (8 layers of width 512) sees 64
 sequences: of 128 tokens, or of one token with a cache of 32; every pass enters its own context. "resident" is
-what all adapters hold in memory: 64 of them, and for the GPT-2 shape 1, 100 and 1,000.
+what all adapters hold in memory: 64 of them, and for the GPT-2 shape 1, 100 and 1,000 (of LoRA
+1 and 100). "first use" is how long a bank takes until a stored adapter computes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import statistics
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +31,19 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_uora import UORAConfig, add_adapter, attach_uora, named_adapters, set_adapter, use_adapters
+from lightning_uora import (
+    AdapterBank,
+    UORAConfig,
+    add_adapter,
+    attach_uora,
+    named_adapters,
+    save_adapter,
+    set_adapter,
+    use_adapters,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from bundled import minilm
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ["shape", "samples", "method", "rank", "adapters", "of_base", "seconds", "resident_kb"]
@@ -145,7 +161,7 @@ def resident(quick: bool) -> list[dict]:
     """Bytes that 1, 100 and 1,000 adapters of the GPT-2 shape hold."""
     rows = []
     for count in (1, 4) if quick else (1, 100, 1000):
-        for method, rank in (("UORA", 256), ("UORA", 64), ("LoRA", 8)):
+        for method, rank in (("UORA", 256), ("UORA", 64), ("LoRA", 8))[: 2 if count > 100 else 3]:
             model = gpt(8, quick)[0]
             held = uora(model, "gpt", rank, count) if method == "UORA" else lora(model, "gpt", count)[1]
             row = {"shape": "resident", "method": method, "rank": rank, "adapters": count}
@@ -154,11 +170,29 @@ def resident(quick: bool) -> list[dict]:
     return rows
 
 
+def bank(quick: bool) -> list[dict]:
+    """Seconds until a stored adapter of a MiniLM computes, when it is first named; the median of nine."""
+    count, folder = 3 if quick else 10, tempfile.mkdtemp()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
+    trained = copy.deepcopy(model)
+    attach_uora(trained, UORAConfig(rank=64))
+    for number in range(count):
+        save_adapter(trained, f"{folder}/a{number}")
+    shelf, seconds = AdapterBank(model, folder, limit=count), []
+    for number in range(count):
+        begin = time.perf_counter()
+        with shelf.use([f"a{number}"]):
+            seconds.append(time.perf_counter() - begin)
+    row = {"shape": "first use, MiniLM", "method": "UORA", "rank": 64, "adapters": count}
+    print(row | {"seconds": round(statistics.median(seconds[1:]), 4)}, flush=True)
+    return [row | {"seconds": round(statistics.median(seconds[1:]), 4)}]
+
+
 def report(rows: list[dict]) -> str:
     """The rows as Markdown."""
     lines = [f"{__doc__}".split("\n\n", maxsplit=2)[2].strip(), ""]
-    lines += ["| shape | samples | method | adapters in the batch | of the base | resident, kB |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += ["| shape | samples | method | adapters | of the base | seconds | resident, kB |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
         name = row["method"] if row["method"] == "base" else f"{row['method']} r {row['rank']}"
         cells = [
@@ -167,7 +201,8 @@ def report(rows: list[dict]) -> str:
             name,
             row["adapters"],
             row.get("of_base", ""),
-            f"{row['resident_kb']:,}",
+            row.get("seconds", ""),
+            f"{row['resident_kb']:,}" if "resident_kb" in row else "",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(["# Many adapters in a batch", "", *lines, "", "On an accelerator: not measured.", ""])
@@ -188,7 +223,7 @@ def main() -> None:
         "GPT-2 shape, 128 tokens": ("gpt", lambda: gpt(128 if not quick else 8, quick)),
     }
     rows = [row for shape, (kind, make) in shapes.items() for row in measure(shape, kind, make, quick)]
-    rows += resident(quick)
+    rows += bank(quick) + resident(quick)
     if quick:
         return
     with (RESULTS / "many_adapters.csv").open("w", newline="") as file:

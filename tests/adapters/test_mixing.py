@@ -52,12 +52,12 @@ class Attends(nn.Module):
         return self.head(out.mean(1))
 
 
-def scatter(model: nn.Module, seed: int) -> None:
+def scatter(model: nn.Module, seed: int, scale: float = 1.0) -> None:
     """Vectors and heads as after some training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, module in named_adapters(model):
-            module.uora_b.copy_(torch.randn(module.uora_b.shape, generator=generator))
+            module.uora_b.copy_(scale * torch.randn(module.uora_b.shape, generator=generator))
             module.uora_d.copy_(torch.randn(module.uora_d.shape, generator=generator))
         for name, p in model.named_parameters():
             if p.requires_grad and "uora" not in name:

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from runs import ALL_TASKS, GRID, RESULTS, SEEDS, STARTS, Results, Run, carry_out, search
+from runs import ALL_TASKS, GRID, RESULTS, SAME_RATE, SEEDS, STARTS, Results, Run, carry_out, search
 
 RANKS = (16, 4, 64, 256)
+DRAWS = ("uora+inputs", "uora")
+Row = tuple[str, int, str]
 
 
-def methods(refreshes: tuple[str, ...], ranks: tuple[int, ...] = RANKS) -> list[tuple[str, int, str]]:
+def methods(refreshes: tuple[str, ...], ranks: tuple[int, ...] = RANKS) -> list[Row]:
     """(method, rank, refresh) of every row, what the goals are about first."""
     rows = [("uora+inputs", ranks[0], "off"), ("lora", 8, "off"), ("vera", 4 * ranks[0], "off")]
     rows += [("head", 0, "off"), ("full", 0, "off"), ("uora", ranks[0], "off")]
@@ -35,13 +37,31 @@ def methods(refreshes: tuple[str, ...], ranks: tuple[int, ...] = RANKS) -> list[
     return list(dict.fromkeys([*rows, ("lora", 4, "off"), ("lora", 1, "off")]))
 
 
+def convolutional(refreshes: tuple[str, ...], pointwise: bool) -> list[Row]:
+    """(method, rank, refresh) of every row of a task of convolutions, where PEFT has no VeRA."""
+    if pointwise:
+        return [("lora", 8, "off"), *((d, 64, "off") for d in DRAWS), ("lora", 1, "off"), ("lora", 4, "off")]
+    rows = [("uora+inputs", 64, "off"), ("full", 0, "off"), ("head", 0, "off"), ("uora", 64, "off")]
+    rows += [(draw, rank, "off") for rank in (256, 16) for draw in DRAWS] + [("lora", 8, "off")]
+    return rows + [(draw, 64, refresh) for draw in DRAWS for refresh in refreshes]
+
+
+def rows_of(task: str, refreshes: tuple[str, ...], ranks: tuple[int, ...]) -> list[Row]:
+    """The rows of a task's table."""
+    if task in SAME_RATE:
+        return [("uora+inputs", 64, "off")]
+    if task.startswith("fashion"):
+        return convolutional(refreshes, task.endswith("pointwise"))
+    return methods(refreshes, ranks)
+
+
 def wanted(
-    tasks: list[str], rows: list[tuple[str, int, str]], seeds: int, done: Results[Run]
+    tasks: list[str], rows: Callable[[str], list[Row]], seeds: int, done: Results[Run]
 ) -> Iterator[Run]:
     """Runs that can be made now, in the order in which they should be: rates first, then seed by seed."""
     later = []
     for task in tasks:
-        for method in rows:
+        for method in rows(task):
             lr, needed = search(task, method, done)
             yield from needed
             if lr is not None:
@@ -65,7 +85,7 @@ def execute(run: Run, quick: bool = False) -> list[dict]:
 def quick(tasks: list[str]) -> None:
     """Each task once by each method, eight steps; no result is kept."""
     for task in tasks:
-        for method in methods(("lambda-0.2",), ranks=(4,)):
+        for method in rows_of(task, ("lambda-0.2",), (4,)):
             print(*execute(Run(task, *method, GRID[STARTS[method[0]]], 0), quick=True), sep="\n", flush=True)
 
 
@@ -79,6 +99,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--refreshes", nargs="+", default=["lambda-0.2"], help="of POLICIES")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--methods", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=480)
@@ -87,7 +108,11 @@ def main() -> None:
     if given.quick:
         return quick(given.tasks)
     if not given.report:
-        rows = methods(tuple(given.refreshes), tuple(given.ranks))
+
+        def rows(task: str) -> list[Row]:
+            every = rows_of(task, tuple(given.refreshes), tuple(given.ranks))
+            return [row for row in every if row[0] in given.methods]
+
         left = partial(wanted, given.tasks, rows, given.seeds)
         carry_out(RESULTS / "quality.csv", Run, left, execute, given.workers, given.minutes)
     from quality_report import report

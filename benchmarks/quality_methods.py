@@ -28,10 +28,15 @@ POLICIES: dict[str, ReinitSchedule | None] = {
     "gradient": ReinitSchedule(threshold=0.5, interpolation=0.5, growth="gradient"),
     "inputs": ReinitSchedule(threshold=0.5, interpolation=0.5, growth="inputs"),
     "d-kept": ReinitSchedule(threshold=0.5, interpolation=0.5, preserve_function=False),
+    "threshold-0.05": ReinitSchedule(threshold=0.05, interpolation=0.2),
+    "threshold-0.1": ReinitSchedule(threshold=0.1, interpolation=0.2),
+    "threshold-0.2": ReinitSchedule(threshold=0.2, interpolation=0.2),
+    "uncapped": ReinitSchedule(threshold=0.5, interpolation=0.2, max_fraction=1.0),
+    "replaced": ReinitSchedule(threshold=0.05, interpolation=1.0, every_n_steps=5, stop=0.5),
     "late": ReinitSchedule(threshold=0.5, interpolation=0.5, start=0.1, stop=0.6),
 }
-"""Schedules of refreshes by the name that they have in the table; all but "late" between 3 and 20 % of the
-steps, four times. "lambda-0.2" was the default when they were made.
+"""Schedules of refreshes by the name that they have in the table; all but "late" and "replaced" between 3 and
+20 % of the steps, four times, a quarter of the rows at most but for "uncapped".
 """
 
 
@@ -49,13 +54,12 @@ class Method:
 
 
 def build(method: Method, task: Task, seed: int) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
-    """The model to train, what the method trains in it, and the task's head."""
+    """The model to train, what the method trains in it, and what every method trains beside."""
     model = task.model()
     if method.name in ("lora", "vera"):
         modules = {name: model.get_submodule(name) for name in task.names}
-        names = [
-            n for n, m in modules.items() if getattr(m, "groups", 1) == 1
-        ]  # PEFT's rank has to divide them
+        # PEFT's rank has to be a multiple of a convolution's groups
+        names = [n for n, m in modules.items() if getattr(m, "groups", 1) == 1]
         model = peft.get_peft_model(model, _peft_config(method, names, seed))
     elif method.name.startswith("uora"):
         init = "inputs" if method.name.endswith("+inputs") else "orthogonal"
@@ -64,12 +68,12 @@ def build(method: Method, task: Task, seed: int) -> tuple[nn.Module, list[nn.Par
         model.requires_grad_(method.name == "full")
         if method.name == "head" and not task.head:
             return model, [_own_output(model)], []
-    head = _head(model, task.head)
-    for parameter in head:
+    beside = [p for name in (task.head, *task.others) for p in _head(model, name)]
+    for parameter in beside:
         parameter.requires_grad_(True)
-    ours = {id(parameter) for parameter in head}
+    ours = {id(parameter) for parameter in beside}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-    return model, trained, head
+    return model, trained, beside
 
 
 def _peft_config(method: Method, names: list[str], seed: int) -> peft.PeftConfig:
@@ -128,4 +132,5 @@ def train(method: Method, task: Task, lr: float, seed: int) -> tuple[nn.Module, 
 
     model.train()
     fit(lambda index: task.loss(model, index), task.order, optimizer, before, after)
-    return model, sum(p.numel() for p in trained), time.perf_counter() - start
+    counted = sum(p.numel() for p in trained) + sum(p.numel() for n in task.others for p in _head(model, n))
+    return model, counted, time.perf_counter() - start

@@ -11,7 +11,7 @@ import copy
 import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from training import pretrain
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Task:
         base: The pretrained model with a fresh head; copy it before it is adapted.
         names: Full names of the modules to adapt.
         head: Name of the module that every method trains, or "".
+        others: Names of modules that are trained beside, at the head's rate, and counted.
         rows: Row indices of each split.
         order: For each training step, the indices of its batch.
     """
@@ -49,6 +51,7 @@ class Task:
     head_lr = 3e-3
     base: nn.Module
     names: list[str]
+    others: Sequence[str] = ()
     steps, batch_size, sizes = 0, 0, (0, 0, 0)
 
     def __init__(self, seed: int, total: int, quick: bool) -> None:
@@ -183,23 +186,34 @@ def _tokenised_docstrings(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Fashion(Task):
-    """EfficientNet-Lite0 with its real ImageNet weights to Fashion-MNIST, 64 px; all convolutions."""
+    """EfficientNet-Lite0 with its real ImageNet weights to Fashion-MNIST, 64 px; all convolutions.
+
+    Attributes:
+        only: What the adapted modules' names hold.
+        moving: Whether BatchNorm's running statistics move in training.
+        affine: Whether BatchNorm's weights and biases are trained beside the adapters.
+    """
 
     head = "classifier"
     steps, batch_size, sizes = 250, 32, (1000, 500, 2000)
-    size, only = 64, ""
+    size, only, moving, affine = 64, ("",), True, False
 
     def __init__(self, seed: int, quick: bool = False) -> None:
         self.x, self.y = fashion("train").tensors
         super().__init__(seed, len(self.x), quick)
         torch.manual_seed(seed)
-        self.base = efficientnet(10)
-        convolutions = (n for n, m in self.base.named_modules() if isinstance(m, nn.Conv2d))
-        self.names = [name for name in convolutions if self.only in name]
+        base = efficientnet(10).to(memory_format=torch.channels_last)
+        self.base = base if self.moving else freeze_batch_norm_2d(base)
+        modules = dict(self.base.named_modules())
+        convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+        self.names = [name for name in convolutions if any(part in name for part in self.only)]
+        if self.affine:
+            self.others = [name for name, module in modules.items() if isinstance(module, nn.BatchNorm2d)]
 
     @override
     def run(self, model: nn.Module, index: Tensor) -> Tensor:
-        return model(enlarged(self.x[index], self.size))
+        images = enlarged(self.x[index], self.size)
+        return model(images.contiguous(memory_format=torch.channels_last))
 
     @override
     def labels(self, index: Tensor) -> Tensor:
@@ -209,7 +223,25 @@ class Fashion(Task):
 class FashionPointwise(Fashion):
     """The same with adapters on the pointwise convolutions alone."""
 
-    only = "conv_pw"
+    only = ("conv_pw",)
+
+
+class FashionDense(Fashion):
+    """The same without the depthwise convolutions: pointwise, stem and the last."""
+
+    only = ("conv_pw", "conv_stem", "conv_head")
+
+
+class FashionFrozen(Fashion):
+    """All convolutions; BatchNorm as in evaluation while it trains."""
+
+    moving = False
+
+
+class FashionAffine(Fashion):
+    """All convolutions; BatchNorm's weights and biases trained beside, at the head's rate."""
+
+    affine = True
 
 
 class Manual(Task):
@@ -271,4 +303,7 @@ TASKS: dict[str, type[Task]] = {
     "manual": Manual,
     "fashion": Fashion,
     "fashion-pointwise": FashionPointwise,
+    "fashion-dense": FashionDense,
+    "fashion-frozen-norm": FashionFrozen,
+    "fashion-norm-trained": FashionAffine,
 }

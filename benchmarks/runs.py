@@ -18,12 +18,10 @@ COLUMNS += ["adapter_params", "seconds"]
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STARTS = {"full": 1, "head": 4, "lora": 3, "vera": 5, "uora": 5, "uora+inputs": 5}
 SEARCHED, SEEDS = 4, 8
-ALL_TASKS = [
-    "digits",
-    "manual",
-    "docstrings",
-    "docstrings-all",
-]  # "fashion" and "fashion-pointwise" by --tasks
+SEARCHED_BY_TASK = {"fashion": 2, "fashion-pointwise": 2}  # 90 s a run
+ALL_TASKS = ["digits", "manual", "docstrings", "docstrings-all"]  # those of convolutions by --tasks
+SAME_RATE = {"fashion-dense": "fashion", "fashion-frozen-norm": "fashion", "fashion-norm-trained": "fashion"}
+"""Tasks that take the rates of another."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,17 @@ Results = dict[AnyRun, dict[str, float]]
 def search(task: str, method: tuple[str, int, str], done: Results[Run]) -> tuple[float | None, list[Run]]:
     """The learning rate of a row of ``quality.py``, or None and the runs that are still needed for it."""
     name, rank, _ = method
-    return climb(GRID, STARTS[name], lambda lr, seed: Run(task, name, rank, "off", lr, seed), done)
+    task = SAME_RATE.get(task, task)
+    seeds = SEARCHED_BY_TASK.get(task, SEARCHED)
+    return climb(GRID, STARTS[name], lambda lr, seed: Run(task, name, rank, "off", lr, seed), done, seeds)
 
 
 def climb(
-    grid: Sequence[float], here: int, run_at: Callable[[float, int], AnyRun], done: Results[AnyRun]
+    grid: Sequence[float],
+    here: int,
+    run_at: Callable[[float, int], AnyRun],
+    done: Results[AnyRun],
+    seeds: int = SEARCHED,
 ) -> tuple[float | None, list[AnyRun]]:
     """The rate with the best validation mean, or None and the runs that are still needed for it.
 
@@ -58,10 +62,11 @@ def climb(
         here: Place in the grid to start from; the search goes on to the neighbours until none is better.
         run_at: The run of a rate and a seed.
         done: Scores of the runs that are over.
+        seeds: How many seeds a mean is over.
     """
     while True:
         around = [i for i in (here, here - 1, here + 1) if 0 <= i < len(grid)]
-        runs = {i: [run_at(grid[i], seed) for seed in range(SEARCHED)] for i in around}
+        runs = {i: [run_at(grid[i], seed) for seed in range(seeds)] for i in around}
         missing = [run for i in around for run in runs[i] if run not in done]
         if missing:
             return None, missing

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
-    parser.add_argument("--refreshes", nargs="+", default=["lambda-0.2"], help="of POLICIES")
+    parser.add_argument("--refreshes", nargs="*", default=["lambda-0.2"], help="of POLICIES")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--methods", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", type=int, default=SEEDS)

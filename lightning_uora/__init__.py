@@ -1,10 +1,44 @@
-"""UORA for PyTorch Lightning: fine-tune with two small vectors per layer, by one callback.
+"""UORA for PyTorch Lightning: fine-tune a model by training two small vectors for each layer.
 
-Rooms, each importing only from those below it (a folder's ``__init__`` says what it is for and what others
-may take from it): ``callback``, ``cli`` · ``trainer`` · ``storage``, ``inputs`` · ``reports``, ``reinit`` ·
-``adapters`` · ``distributed``, ``config``.
+    trainer = Trainer(callbacks=[UORACallback(rank=256)])
+
+In Lightning
+    UORACallback            adapters in any LightningModule, by one line
+    load_from_checkpoint    a trained module, with its adapters, from a checkpoint
+
+In plain torch
+    attach_uora             put adapters into a model; freezes the rest
+    param_groups            parameters for the optimizer, the vectors at a rate of their own
+    calibrate               find A from the layers' inputs, for init="inputs"
+    refresh                 refresh weak rows of A and columns of B once
+    detach_uora             take adapters out, or merge them into the weights
+
+Settings
+    UORAConfig              what is adapted, and how
+    ReinitSchedule          when rows are refreshed, and which
+
+Files
+    save_adapter            write an adapter to a folder of kilobytes
+    load_adapter            put a saved adapter on its base
+    export_peft             write it as a LoRA or VeRA of Hugging Face PEFT
+    rebuild                 A and B again, from the seed and the record of refreshes
+
+Several adapters on one model
+    add_adapter, set_adapter, remove_adapter, adapter_names
+    use_adapters            a batch in which every sample has its own
+    adapters_disabled       the frozen model, for the length of a with block
+    AdapterBank             adapters in folders, loaded when they are named
+
+Looking
+    summarize               what trains, layer by layer (Summary, LayerSummary)
+    named_adapters          the adapted modules, by name
+    plot_vectors            heat maps of d and b
+    plot_refreshes          which share of a layer was refreshed, and when
+
+``uora --help`` lists the commands. The guide is in ``docs/``.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_uora.adapters import (
@@ -58,6 +92,12 @@ __all__ = [
     "summarize",
     "use_adapters",
 ]
+
+
+def __dir__() -> list[str]:
+    """What ``help`` and completion list, the callback among it where Lightning is installed."""
+    missing = set() if find_spec("lightning") else {"UORACallback"}
+    return sorted({*globals(), *__all__} - missing)
 
 
 def __getattr__(name: str) -> Any:

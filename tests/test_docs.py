@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pydoc
 import re
 import runpy
 import shlex
@@ -202,3 +203,16 @@ def test_the_contract_is_what_the_page_says():
     assert listed.splitlines() == [in_one_line(name) for name in lightning_uora.__all__]
     for name in lightning_uora.__all__:
         assert re.search(rf"^::: lightning_uora\.(callback\.)?{name}$", page, re.M), name
+
+
+def test_help_lists_every_public_name_and_the_callback_among_the_classes():
+    """``help(lightning_uora)`` opens with what there is to use, the callback too, which is imported late."""
+    shown = pydoc.render_doc(lightning_uora, renderer=pydoc.plaintext)
+    opening = shown[: shown.index("PACKAGE CONTENTS")]
+    assert [name for name in lightning_uora.__all__ if name not in opening] == []
+    assert "class UORACallback" in shown
+
+
+def test_without_lightning_help_lists_everything_but_the_callback(monkeypatch):
+    monkeypatch.setattr(lightning_uora, "find_spec", lambda name: None)
+    assert set(lightning_uora.__all__) - set(dir(lightning_uora)) == {"UORACallback"}

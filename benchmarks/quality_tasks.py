@@ -186,7 +186,7 @@ def _tokenised_docstrings(length: int = 32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Fashion(Task):
-    """EfficientNet-Lite0 with its real ImageNet weights to Fashion-MNIST, 64 px; all convolutions.
+    """EfficientNet-Lite0 with its real ImageNet weights to Fashion-MNIST, 48 px; all convolutions.
 
     Attributes:
         only: What the adapted modules' names hold.
@@ -195,8 +195,8 @@ class Fashion(Task):
     """
 
     head = "classifier"
-    steps, batch_size, sizes = 250, 32, (1000, 500, 2000)
-    size, only, moving, affine = 64, ("",), True, False
+    steps, batch_size, sizes = 200, 32, (1000, 500, 2000)
+    size, only, moving, affine = 48, ("",), True, False
 
     def __init__(self, seed: int, quick: bool = False) -> None:
         self.x, self.y = fashion("train").tensors

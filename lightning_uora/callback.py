@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
 
@@ -156,6 +157,17 @@ class UORACallback(Callback):
     @override
     def state_key(self) -> str:
         """Several callbacks of this kind, each for modules of its own, have different keys."""
+        standard = UORAConfig(self.config.rank, self.config.target_modules)
+        chosen = {"rank": self.config.rank, "target_modules": self.config.target_modules}
+        for field in fields(UORAConfig):
+            value = getattr(self.config, field.name)
+            chosen |= {field.name: value} if value != getattr(standard, field.name) else {}
+        chosen |= {} if self.adapter_name == "default" else {"adapter_name": self.adapter_name}
+        return self._generate_state_key(**chosen)
+
+    @property
+    def short_key(self) -> str:
+        """What :attr:`state_key` was before it told all settings."""
         chosen = {"rank": self.config.rank, "target_modules": self.config.target_modules}
         return self._generate_state_key(**chosen)
 

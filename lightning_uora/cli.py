@@ -32,6 +32,7 @@ from lightning_uora.storage import (
     read_checkpoint,
     save_checkpoint,
     skeleton,
+    tensors_of_root,
     what_folder,
     write_peft,
 )
@@ -176,7 +177,7 @@ def _merge(chosen: argparse.Namespace) -> None:
     else:
         with _current_folder_importable():
             cls = _class(chosen.module_class)
-            module = _on_base(chosen, cls, several[0])
+            module = _on_base(chosen, cls, several)
             if chosen.adapter is not None:
                 set_adapter(module, chosen.adapter)
             state = detached_state(module)
@@ -269,7 +270,7 @@ def _class(named: str) -> Any:
     return getattr(found, name)
 
 
-def _on_base(chosen: argparse.Namespace, cls: Any, manifest: dict[str, Any]) -> nn.Module:
+def _on_base(chosen: argparse.Namespace, cls: Any, several: list[dict[str, Any]]) -> nn.Module:
     """A module of the class with the source's adapters."""
     named = f"--class {chosen.module_class}"
     if not chosen.source.is_dir():
@@ -294,7 +295,7 @@ def _on_base(chosen: argparse.Namespace, cls: Any, manifest: dict[str, Any]) -> 
         ) from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{named} made a {type(module).__name__}; it must make an nn.Module.")
-    load_adapter(_adapted_part(module, manifest), chosen.source)
+    load_adapter(module if len(several) > 1 else _adapted_part(module, several[0]), chosen.source)
     return module
 
 
@@ -314,8 +315,7 @@ def _export(chosen: argparse.Namespace) -> None:
         chosen.submodule = ""  # its names begin there
     several = [manifest]
     (manifest,), tensors = _chosen_adapter(several, tensors, chosen.adapter)
-    prefix = f"{manifest['root']}." if manifest.get("root") else ""
-    inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    inner = tensors_of_root(manifest, tensors)
     model = skeleton(manifest, inner)
     adapters = dict(named_adapters(model))
     lost = [name for name in manifest["trained"] if name not in inner]
@@ -382,12 +382,23 @@ def _trained_modules(
 
 
 def _one_of(several: list[dict[str, Any]], path: str) -> dict[str, Any]:
-    """Of several adapted models in a checkpoint the one at ``path``."""
-    found = [one for one in several if one["root"] == path]
+    """Of several adapted models the one at ``path``, or the one whose layers all lie there."""
+    found = [one for one in several if one["root"] == path] or [
+        one for one in several if all(f"{name}.".startswith(f"{path}.") for name in _names_of(one))
+    ]
     if len(found) != 1:
-        roots = ", ".join(one["root"] or "(the module itself)" for one in several)
-        raise ValueError(f"the checkpoint holds several adapted models, at {roots}; name one by --submodule.")
+        roots = ", ".join(one["root"] or f"(the module itself: {_names_of(one)[0]})" for one in several)
+        raise ValueError(
+            f"the source holds several adapted models, at {roots}; name one, or what holds its layers, by "
+            "--submodule."
+        )
     return found[0]
+
+
+def _names_of(manifest: dict[str, Any]) -> list[str]:
+    """Names of a manifest's adapted layers in the module that was saved."""
+    root = manifest.get("root", "")
+    return [f"{root}.{name}" if root else name for name in manifest["adapted"]]
 
 
 def _within(path: str, named: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ INSIDE = {
     "storage": (
         ("merging", "peft", "bank"),
         ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
+        ("several_roots",),
         ("placing", "low_rank", "waiting"),
         ("restoring",),
         ("manifest", "fingerprints", "folders", "unpickling"),

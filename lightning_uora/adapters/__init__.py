@@ -54,7 +54,15 @@ from lightning_uora.adapters.several import (
     settle_beside,
     undo,
 )
-from lightning_uora.adapters.shelf import activated, adapter_names, item_of, put_back, put_off, shelf_of
+from lightning_uora.adapters.shelf import (
+    activated,
+    adapter_names,
+    item_of,
+    put_back,
+    put_off,
+    shelf_of,
+    the_only,
+)
 from lightning_uora.adapters.stacked import active_experts, has_experts, named_layers
 from lightning_uora.adapters.targets import Selection, trained_as_they_are
 
@@ -115,6 +123,7 @@ __all__ = [
     "settle_",
     "settle_beside",
     "shelf_of",
+    "the_only",
     "trained_as_they_are",
     "trained_names",
     "trained_parameters",

@@ -105,8 +105,17 @@ def attach_beside(model: nn.Module, config: UORAConfig) -> list[str]:
     return list(selection.adapted)
 
 
-def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None:
-    """Adapt exactly the modules of ``selection``, by plain names, and freeze the rest."""
+def attach_to(
+    root: nn.Module, config: UORAConfig, selection: Selection, key: str | None = None
+) -> Attachment:
+    """Adapt exactly the modules of ``selection``, by plain names, and freeze the rest.
+
+    Args:
+        root: A plain module.
+        config: What to adapt and how.
+        selection: Which modules, and what trains as it is.
+        key: What to call the owner of A and B at the root; None: the first name that is free.
+    """
     named = named_layers(root)
     modules = {name: named[name] for name in selection.adapted}
     parts = {name: named_parts(module) for name, module in modules.items()}
@@ -117,7 +126,7 @@ def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None
     owner.left, owner.kept, owner.adapted = selection.left, selection.kept, selection.adapted
     owner.requires_grad_before = {n: p.requires_grad for n, p in named_parameters(root, every=True).items()}
     owner.root = weakref.ref(root)
-    key = next(k for k in _keys() if k not in root._modules)
+    key = next(k for k in itertools.chain((key,), _keys()) if k is not None and k not in root._modules)
     root.register_module(key, owner)
     one = Attachment("", root, owner, key)
     try:
@@ -128,6 +137,7 @@ def attach_to(root: nn.Module, config: UORAConfig, selection: Selection) -> None
     except BaseException:
         _detach(one)
         raise
+    return one
 
 
 def _keys() -> Iterator[str]:

@@ -111,9 +111,16 @@ def attachment_of(model: nn.Module, action: str) -> Attachment:
     """
     found = require_attachments(model, action)
     if len(found) > 1:
-        where = ", ".join(repr(one.path) for one in found)
-        raise ValueError(f"{action} takes one adapted model at a time, and here are several: {where}.")
+        where = ", ".join(f"{one.path or 'the module itself'} ({_layers_in_words(one)})" for one in found)
+        raise ValueError(
+            f"{action} takes one adapted model, and here are several: {where}; give one of them."
+        )
     return found[0]
+
+
+def _layers_in_words(one: Attachment) -> str:
+    names = [name for name, _ in one.layers]
+    return f"{names[0]!r}, {len(names)} layers" if names else "no layer"
 
 
 def is_adapted(model: nn.Module) -> bool:

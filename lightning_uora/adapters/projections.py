@@ -118,6 +118,7 @@ class Projections(nn.Module):
             str, list[str]
         ] = {}  # likewise around it, by what the root's names begin with there
         self.root: weakref.ref[nn.Module] | None = None  # which was attached to
+        self.made_by: weakref.ref[Any] | None = None  # the callback that did
         self.record: list[dict[str, Any]] = []
         self.base_prints: dict[str, tuple[Any, list[Any]]] = {}
         self.gradients: dict[tuple[int, str], Tensor] | None = None  # collected for growth="gradient"
@@ -141,7 +142,7 @@ class Projections(nn.Module):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "elsewhere": {}, "root": None}
+        return {**self.__dict__, "elsewhere": {}, "root": None, "made_by": None}
 
     def sources(self, n: int, m: int, layer: int) -> tuple[Tensor, Tensor, Own]:
         """What a layer computes with: A (r, n), B (m, r), and what stands for rows and columns of them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_uora.adapters.attachments import Attachment, attachment_of
+from lightning_uora.adapters.attachments import Attachment, attachment_of, whole_of
 from lightning_uora.adapters.layers import AdaptedModule, Adapter, facts
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters
 from lightning_uora.adapters.projections import Projections
@@ -148,9 +148,14 @@ def put_last(root: nn.Module) -> None:
 
 
 def the_only(model: nn.Module, action: str) -> Attachment:
-    """The one adapted model in ``model``, whole; raises ``ValueError`` where it is not."""
-    one = attachment_of(model, action)
-    if one.key is None:
+    """The one adapted model in ``model``, or that ``model`` is a part of; it must be whole.
+
+    Raises:
+        ValueError: It is no such model, or a part of one that is gone; it is sharded, or in a mixed batch.
+    """
+    found = attachment_of(model, action)
+    one = found if found.key is not None else whole_of(found)
+    if one is None:
         raise ValueError(f"{action} takes the model that was given to attach_uora, or one around it.")
     if is_sharded(model):
         raise ValueError(f"{action}: the model is sharded, and its shards know one adapter.")
@@ -171,7 +176,8 @@ def adapter_names(model: nn.Module) -> list[str]:
         if any(isinstance(m, AdaptedModule) for m in model.modules()):
             raise
         return []
-    shelf = one.root._modules.get(SHELF)
+    whole = one if one.key is not None else whole_of(one)
+    shelf = one.root._modules.get(SHELF) if whole is None else whole.root._modules.get(SHELF)
     return list(shelf.order) if isinstance(shelf, Shelf) else [one.owner.name]
 
 

@@ -172,8 +172,8 @@ def _names(model: nn.Module, found: list[Attachment]) -> list[str]:
 
 
 def _still_left(model: nn.Module, one: Attachment) -> list[str]:
-    """What was left frozen when adapters were attached, and does not train by the user's hand since."""
-    trained = tuple(trained_names(model))
+    """What was left frozen when adapters were attached, and no other adapter or hand has taken since."""
+    trained = (*trained_names(model), *(name for name, _ in named_adapters(model)))
     names = [f"{one.prefix}{name}" for name in one.owner.left]
     return [name for name in names if not any(f"{t}.".startswith(f"{name}.") for t in trained)]
 

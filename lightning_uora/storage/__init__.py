@@ -10,7 +10,7 @@ from lightning_uora.storage.checkpoint import (
 )
 from lightning_uora.storage.folders import is_adapter_folder, what_folder
 from lightning_uora.storage.manifest import manifests_of
-from lightning_uora.storage.merging import detached_state, merge_state, skeleton
+from lightning_uora.storage.merging import detached_state, merge_state, skeleton, tensors_of_root
 from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import by_parameter, known_targets
 from lightning_uora.storage.waiting import in_use, names_in
@@ -34,6 +34,7 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "skeleton",
+    "tensors_of_root",
     "what_folder",
     "write_peft",
 ]

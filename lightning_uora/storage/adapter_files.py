@@ -26,19 +26,29 @@ from lightning_uora.adapters import (
     detach_uora,
     is_adapted,
     named_adapters,
+    named_modules,
     packed,
     put_back,
     put_off,
+    require_attachments,
     require_free,
     settle_beside,
     shelf_of,
+    the_only,
+    trained_parameters,
     undo,
     unwrapped,
 )
 from lightning_uora.config import UORAConfig
 from lightning_uora.distributed import first_rank, is_sharded, whole
-from lightning_uora.storage.manifest import check_manifest, check_vectors, config_of
-from lightning_uora.storage.placing import place_of, renamed
+from lightning_uora.storage.manifest import (
+    check_manifest,
+    check_several,
+    check_vectors,
+    config_of,
+    manifests_of,
+)
+from lightning_uora.storage.placing import Place, place_of, renamed
 from lightning_uora.storage.restoring import (
     Mismatch,
     adapter_state,
@@ -47,6 +57,7 @@ from lightning_uora.storage.restoring import (
     restore,
     trained_state,
 )
+from lightning_uora.storage.several_roots import describe_several, load_several
 
 __all__ = ["BASE", "load_adapter", "load_onto_base", "read", "save_adapter", "write_folder"]
 
@@ -68,24 +79,31 @@ def save_adapter(
 
     Args:
         model: The adapted model, a module around it, or a part that holds all that was trained; the names in
-            the file are of what is given.
+            the file are of what is given. Several adapted models in it go into one folder.
         directory: Made if it does not exist.
         projections: ``"record"`` stores how A and B came about, a few bytes (and, with ``init="inputs"``, A
             in float16, which is exact); ``"full"`` stores them.
         name: Of an adapter, with the heads that were trained with it; None: the one that computes.
 
     Raises:
-        ValueError: The model is not adapted or not calibrated, holds several adapted models, or only a part
-            of what was trained; ``projections`` is neither of the two.
+        ValueError: The model is not adapted or not calibrated, or holds only a part of what was trained;
+            ``projections`` is neither of the two; ``name`` is given, and there are several adapted models.
         OSError: The directory cannot be written, or what was written reads back otherwise.
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
+    if name is None:
+        _save(model, directory, projections)
+        return
     with activated(model, name):
         _save(model, directory, projections)
 
 
 def _save(model: nn.Module, directory: str | Path, projections: Literal["record", "full"]) -> None:
+    found = require_attachments(model, "saving an adapter")
+    if len(found) > 1 and all(one.key is not None for one in found):
+        _save_several(model, found, directory, projections)
+        return
     one = seen_from(model)
     owner = one.owner
     owner.require_calibrated("saving an adapter")
@@ -102,6 +120,20 @@ def _save(model: nn.Module, directory: str | Path, projections: Literal["record"
         tensors,
         CONFIG_FILE,
         lambda path: {**manifest, "record": packed(manifest["record"]), "sha256": _sha256(path)},
+    )
+
+
+def _save_several(
+    model: nn.Module, found: list[Attachment], directory: str | Path, projections: Literal["record", "full"]
+) -> None:
+    """See Note [Several adapted models in a folder]."""
+    trained = {name: whole(p.detach()) for name, p in trained_parameters(model).items()}
+    require_finite(trained, "the model", "saved")
+    stored, tensors = describe_several(model, found, projections)
+    if is_sharded(model) and not first_rank():
+        return
+    write_folder(
+        directory, TENSOR_FILE, tensors, CONFIG_FILE, lambda path: {**stored, "sha256": _sha256(path)}
     )
 
 
@@ -191,6 +223,8 @@ def load_adapter(
             base; its head does not fit.
     """
     manifest, tensors = read(directory)
+    if len(manifests_of(manifest)) > 1:
+        return _load_several(model, manifest, tensors, base_mismatch, head, name)
     if not is_adapted(model):
         require_free(model, name)
         return _load(model, manifest, tensors, base_mismatch, head, name)
@@ -200,18 +234,37 @@ def load_adapter(
             "call detach_uora(model) first."
         )
     require_free(model, name)
-    one = attachment_of(model, "load_adapter")
+    one = the_only(model, "load_adapter")
     before, root, kept = one.owner.name, one.root, one.owner.requires_grad_before
     put_off(one)
     try:
-        names = _load(model, manifest, tensors, base_mismatch, head, name, beside=one)
+        _load(model, manifest, tensors, base_mismatch, head, name, beside=one)
     except BaseException:
         put_back(root, before)
         raise
     new = attachment_of(root, "load_adapter")
     new.owner.requires_grad_before = kept
     shelf_of(new).share()
-    return names
+    return [layer for layer, _ in named_adapters(model)]
+
+
+def _load_several(
+    model: nn.Module,
+    stored: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base_mismatch: Mismatch,
+    head: bool,
+    name: str,
+) -> list[str]:
+    """See Note [Several adapted models in a folder]."""
+    if is_adapted(model):
+        raise ValueError(
+            "the folder holds several adapted models, and this model is adapted already; call "
+            "detach_uora(model) first."
+        )
+    require_free(model, name)
+    load_several(model, stored, tensors, base_mismatch, head, name)
+    return [layer for layer, _ in named_adapters(model)]
 
 
 BASE = "(base)"
@@ -224,6 +277,8 @@ def load_onto_base(model: nn.Module, directory: str | Path, base_mismatch: Misma
         load_adapter(model, directory, base_mismatch, name=name)
         return
     manifest, tensors = read(directory)
+    if len(manifests_of(manifest)) > 1:
+        raise ValueError("the folder holds several adapted models, and a bank's adapters are of one.")
     place = place_of(unwrapped(model), manifest, tensors, True, base_mismatch == "warn")
     first = manifest["adapted"][0].removeprefix(place.without)
     nothing = UORAConfig(rank=1, target_modules=(first,), trainable_modules=())
@@ -245,26 +300,23 @@ def _load(
     called: str,
     beside: Attachment | None = None,
 ) -> list[str]:
-    config = config_of(manifest)
-    place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
+    config, lenient = config_of(manifest), base_mismatch == "warn"
+    if beside is None:
+        place = place_of(unwrapped(model), manifest, tensors, head, lenient)
+    else:
+        place = _place_beside(beside, unwrapped(model), manifest, tensors, head, lenient)
     manifest = {
         **manifest,
-        "adapted": [name.removeprefix(place.without) for name in manifest["adapted"]],
-        "layers": renamed(manifest["layers"], place.without),
-        "base": renamed(manifest["base"], place.without),
+        "adapted": [place.name_of(name) for name in manifest["adapted"]],
+        "layers": renamed(manifest["layers"], place),
+        "base": renamed(manifest["base"], place),
     }
-    tensors = renamed(tensors, place.without)
-    trained = [name.removeprefix(place.without) for name in manifest["trained"]]
+    tensors = renamed(tensors, place)
+    trained = [place.name_of(name) for name in manifest["trained"]]
     chosen = Selection(
         tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
     )
-    if beside is not None and place.root is not beside.root:
-        raise ValueError(
-            "the adapter was saved from another part of the model than the adapters that are here; load it "
-            "into a model without them."
-        )
-    attach_to(place.root, config, chosen)
-    one = attachment_of(place.root, "load_adapter")
+    one = attach_to(place.root, config, chosen)
     one.owner.name = called
     if beside is not None:  # what is known of the base need not be found again
         one.owner.base_prints = beside.owner.base_prints
@@ -280,6 +332,23 @@ def _load(
     return [name for name, _ in named_adapters(model)]
 
 
+def _place_beside(
+    one: Attachment,
+    model: nn.Module,
+    manifest: dict[str, Any],
+    tensors: dict[str, Tensor],
+    head: bool,
+    lenient: bool,
+) -> Place:
+    """Where another adapter belongs in the root of those that are there: in the part given, if it fits."""
+    inside = {id(module): path for path, module in named_modules(one.root).items()}
+    try:
+        place = place_of(model if id(model) in inside else one.root, manifest, tensors, head, lenient)
+    except ValueError:
+        place = place_of(one.root, manifest, tensors, head, lenient)
+    return place.within(one.root, inside[id(place.root)])
+
+
 def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Manifest and tensors of a saved adapter, checked to be whole and to belong together."""
     folder = Path(directory)
@@ -292,7 +361,12 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         manifest = json.loads((folder / CONFIG_FILE).read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
-    check_manifest(manifest, str(folder / CONFIG_FILE))
+    where = str(folder / CONFIG_FILE)
+    several = isinstance(manifest, dict) and "several" in manifest
+    if several:
+        check_several(manifest, where)
+    else:
+        check_manifest(manifest, where)
     if manifest.get("sha256") != _sha256(folder / TENSOR_FILE):
         raise ValueError(
             f"{folder / TENSOR_FILE} is damaged, or is not the file that {CONFIG_FILE} was written with; "
@@ -302,7 +376,8 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / TENSOR_FILE)
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSOR_FILE} is damaged: {error}") from error
-    check_vectors(manifest, tensors, str(folder / TENSOR_FILE))
+    for one in manifests_of(manifest):
+        check_vectors(one, tensors, str(folder / TENSOR_FILE))
     return manifest, tensors
 
 

@@ -19,7 +19,6 @@ from lightning_uora.adapters import (
     Attachment,
     Selection,
     attach_to,
-    attachment_of,
     attachments,
     is_adapted,
     named_buffers,
@@ -103,6 +102,11 @@ class CheckpointHooks:
         """Put the hooks on the module."""
         self.module.__dict__["on_save_checkpoint"] = self.save
         self.module.__dict__["on_load_checkpoint"] = self.load
+
+    def remove(self) -> None:
+        """Take them off the module."""
+        for name in ("on_save_checkpoint", "on_load_checkpoint"):
+            self.module.__dict__.pop(name, None)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Add the manifest; drop what can be rebuilt from an ``"adapter"`` checkpoint.
@@ -394,8 +398,8 @@ def load_from_checkpoint(
             root = module.get_submodule(manifest["root"])
             chosen = Selection(tuple(manifest["adapted"]), tuple(manifest["trained"]))
             require_modules(root, manifest["adapted"])
-            attach_to(root, config_of(manifest), chosen)
-            attachment_of(root, "load_from_checkpoint").owner.name = names_in(manifest)[0]
+            one = attach_to(root, config_of(manifest), chosen, manifest.get("owner", OWNER))
+            one.owner.name = names_in(manifest)[0]
     hooks = CheckpointHooks(module, manifests[0]["kind"], base_mismatch)
     hooks.load(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=getattr(module, "strict_loading", True))

@@ -19,6 +19,7 @@ __all__ = [
     "VERSION",
     "check_checkpoint",
     "check_manifest",
+    "check_several",
     "check_vectors",
     "config_of",
     "manifests_of",
@@ -70,14 +71,31 @@ def manifests_of(stored: dict[str, Any]) -> list[dict[str, Any]]:
     return list(several) if isinstance(several, list) else [stored]
 
 
-def check_checkpoint(checkpoint: dict[str, Any], where: str) -> None:
-    """Raise ``ValueError`` unless a checkpoint's manifests, and what it adds to them, can be read."""
-    stored = checkpoint["uora"]
+def check_several(stored: dict[str, Any], where: str) -> None:
+    """Raise ``ValueError`` unless a folder's list of manifests can be read."""
+    _require_known(stored, where)
+    manifests, trained = stored["several"], stored.get("trained")
+    named = isinstance(trained, list) and all(isinstance(name, str) for name in trained)
+    if not (isinstance(manifests, list) and len(manifests) > 1 and named):
+        raise ValueError(f"{where} is damaged: it lacks manifests, or names of what trained.")
+    for manifest in manifests:
+        check_manifest(manifest, where)
+        if not isinstance(manifest.get("root"), str) or not isinstance(manifest.get("owner", ""), str):
+            raise ValueError(f"{where} is damaged: it lacks root, or has something else in its place.")
+
+
+def _require_known(stored: Any, where: str) -> None:
     if isinstance(stored, dict) and isinstance(stored.get("version"), int) and stored["version"] > VERSION:
         raise ValueError(
             f"{where} has version {stored['version']}, this package reads up to {VERSION}; update "
             "lightning-uora."
         )
+
+
+def check_checkpoint(checkpoint: dict[str, Any], where: str) -> None:
+    """Raise ``ValueError`` unless a checkpoint's manifests, and what it adds to them, can be read."""
+    stored = checkpoint["uora"]
+    _require_known(stored, where)
     for manifest in manifests_of(stored) if isinstance(stored, dict) else [stored]:
         check_manifest(manifest, where)
         _check_place(manifest, checkpoint.get("state_dict"), where)

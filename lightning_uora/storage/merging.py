@@ -26,7 +26,7 @@ from lightning_uora.adapters import (
 from lightning_uora.storage.manifest import config_of, manifests_of
 from lightning_uora.storage.restoring import take_projections
 
-__all__ = ["detached_state", "merge_state", "skeleton"]
+__all__ = ["detached_state", "merge_state", "skeleton", "tensors_of_root"]
 
 
 def detached_state(module: nn.Module) -> dict[str, Tensor]:
@@ -139,13 +139,19 @@ def _tied(name: str) -> str:
     )
 
 
-def _merged(manifest: dict[str, Any], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def tensors_of_root(manifest: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict by plain names what belongs to one adapted model, by names in its root."""
     prefix, owner = f"{manifest['root']}." if manifest.get("root") else "", manifest.get("owner", OWNER)
     inner = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
     if owner != OWNER:
         inner = {k: t for k, t in inner.items() if not k.startswith(f"{OWNER}.")}
         inner = {re.sub(rf"^{owner}\.", f"{OWNER}.", k): t for k, t in inner.items()}
-    for name, module in named_adapters(skeleton(manifest, inner)):
+    return inner
+
+
+def _merged(manifest: dict[str, Any], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    prefix = f"{manifest['root']}." if manifest.get("root") else ""
+    for name, module in named_adapters(skeleton(manifest, tensors_of_root(manifest, state))):
         for part in module.adapted_parts:
             key = f"{prefix}{key_of(name, part)}"
             told = next(p for p in manifest["layers"][name]["parts"] if p[0] == part.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Place:
         said: In words, where the names differ from the model's.
         head: Names in the part that train as its own head, where the adapter's is left aside.
         aside: Tensors of the adapter that are left aside.
+        below: What its names in the root begin with, and the adapter's do not.
     """
 
     root: nn.Module
@@ -31,6 +32,18 @@ class Place:
     said: str = ""
     head: tuple[str, ...] = ()
     aside: frozenset[str] = frozenset()
+    below: str = ""
+
+    def name_of(self, name: str) -> str:
+        """A name of the adapter as it is in the root."""
+        return f"{self.below}{name.removeprefix(self.without)}"
+
+    def within(self, root: nn.Module, path: str) -> Place:
+        """The same place, seen from a module that holds the part at ``path``."""
+        below = f"{path}." if path else ""
+        head = tuple(f"{below}{name}" for name in self.head)
+        aside = frozenset(f"{below}{name}" for name in self.aside)
+        return replace(self, root=root, head=head, aside=aside, below=below)
 
 
 def place_of(
@@ -116,6 +129,6 @@ def _part(model: nn.Module, names: list[str]) -> tuple[nn.Module, str, str]:
     )
 
 
-def renamed(values: Mapping[str, Any], without: str) -> dict[str, Any]:
-    """The same by names in the part; A and B keep theirs."""
-    return {n if n.startswith(OWNER) else n.removeprefix(without): v for n, v in values.items()}
+def renamed(values: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """The same by names in the root; A and B keep theirs."""
+    return {n if n.startswith(OWNER) else place.name_of(n): v for n, v in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_uora.adapters import (
     add_adapter,
     attach_beside,
     attachments,
+    detach_uora,
     is_adapted,
     named_adapters,
     set_adapter,
@@ -90,15 +92,28 @@ def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: T
             if one.owner.config not in theirs:
                 different = differences(one.owner.config, "in the module", own.config, "in the callback")
                 raise ValueError(f"the module has adapters of another configuration: {different}.")
-        attach_beside(pl_module, own.config)
+        try:
+            attach_beside(pl_module, own.config)
+        except BaseException:
+            _take_back(pl_module, others)
+            raise
         for one in attachments_of(pl_module, own.config):
-            one.owner.name = own.adapter_name
+            one.owner.name, one.owner.made_by = own.adapter_name, weakref.ref(own)
     mine = [one.owner for one in attachments_of(pl_module, own.config)]
     waiting = (m for name, m in pl_module.named_modules() if SHELF in name.split("."))
     for owner in (*mine, *(m for m in waiting if isinstance(m, Projections))):
         _keep_from_travelling(pl_module, owner)
     CheckpointHooks(pl_module, own.checkpoint, look=look_at_checkpoint).install()
     told(pl_module, mine)
+
+
+def _take_back(pl_module: LightningModule, others: Sequence[Any]) -> None:
+    """Of several callbacks one failed: what the others attached goes, and the module is as it was."""
+    makers = [one.owner.made_by for one in attachments(pl_module)]
+    theirs = [made_by is not None and any(made_by() is other for other in others) for made_by in makers]
+    if makers and all(theirs):
+        detach_uora(pl_module)
+        CheckpointHooks(pl_module, "full").remove()
 
 
 def _choose(pl_module: LightningModule, own: Any) -> None:
@@ -125,10 +140,7 @@ def look_at_checkpoint(pl_module: LightningModule, checkpoint: dict[str, Any]) -
     """
     trainer: Any = pl_module._trainer
     callbacks = getattr(trainer, "callbacks", ())
-    keys = [one.state_key for one in callbacks if one.state_key.startswith(f"{NAME}{{")]
-    saved = checkpoint.get("callbacks") or {}
-    if len(keys) == 1 and NAME in saved:  # from before callbacks of this kind could be several
-        saved[keys[0]] = saved.pop(NAME)
+    _know_older_keys(checkpoint.get("callbacks") or {}, callbacks)
     if "uora" in checkpoint or any("uora_" in key for key in checkpoint.get("state_dict", ())):
         return
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and checkpoint.get("optimizer_states"):
@@ -142,6 +154,16 @@ def look_at_checkpoint(pl_module: LightningModule, checkpoint: dict[str, Any]) -
             "The checkpoint holds no UORA adapters, and the module's are trained: it keeps them, on the "
             "checkpoint's weights. For the checkpoint alone use a new module."
         )
+
+
+def _know_older_keys(saved: dict[str, Any], callbacks: Sequence[Any]) -> None:
+    """Callbacks' states as they were called when there could be one of this kind, or were told by less."""
+    ours = [one for one in callbacks if one.state_key.startswith(f"{NAME}{{")]
+    for one in ours:
+        older = [one.short_key, *([NAME] if len(ours) == 1 else [])]
+        found = next((key for key in older if key in saved), None)
+        if one.state_key not in saved and found is not None:
+            saved[one.state_key] = saved.pop(found)
 
 
 def _run_after_configure_model(pl_module: LightningModule, attach: Callable[[LightningModule], None]) -> None:

@@ -40,6 +40,7 @@ def check_companions(trainer: Trainer, pl_module: LightningModule, own: Any, sta
     if isinstance(trainer.strategy, ModelParallelStrategy) and own.checkpoint == "adapter":
         _accept_part_of_the_weights(trainer.strategy, pl_module)
     _refuse_two_kinds(trainer, own)
+    _refuse_twins(trainer, own)
     if stage == "fit":
         _refuse_finetuning(trainer)
         calibrates = own.config.init == "inputs" and not is_calibrated(pl_module)
@@ -57,6 +58,14 @@ def _refuse_two_kinds(trainer: Trainer, own: Any) -> None:
     if len(kinds) > 1:
         raise MisconfigurationException(
             "Several UORACallbacks write one checkpoint: give all the same checkpoint='full' or 'adapter'."
+        )
+
+
+def _refuse_twins(trainer: Trainer, own: Any) -> None:
+    if any(other.config == own.config for other in others_of_its_kind(trainer, own)):
+        raise MisconfigurationException(
+            f"UORACallback(rank={own.config.rank}, target_modules={own.config.target_modules!r}) is given "
+            "twice with these settings; give each callback target_modules of its own."
         )
 
 

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lightning_uora import (
     ReinitSchedule,
     UORAConfig,
+    add_adapter,
     adapters_disabled,
     attach_uora,
     detach_uora,
@@ -160,8 +161,8 @@ def test_two_owners_at_one_root_keep_apart():
     want = model(x).detach()
     twin = copy.deepcopy(model)
     torch.testing.assert_close(twin(x), want)
-    with pytest.raises(ValueError, match="one adapted model at a time"):
-        save_adapter(model, "nowhere")
+    with pytest.raises(ValueError, match="takes one adapted model, and here are several"):
+        add_adapter(model, "another")
     detach_uora(model)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     torch.testing.assert_close(twin(x), want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lightning_uora import (
     save_adapter,
     set_adapter,
     summarize,
+    use_adapters,
 )
 from lightning_uora.adapters.names import SHELF
 
@@ -354,3 +356,89 @@ def test_what_stood_in_the_model_before_is_cast_with_it():
     model.double()
     set_adapter(model, "default")
     torch.testing.assert_close(model(X.double()).float(), base)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.lin(x))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.model = Inner()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def moved_by(seed: int, model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def adapted_outer(seed: int = 0) -> Outer:
+    model = Outer()
+    attach_uora(model, UORAConfig(2, ["lin"], trainable_modules=["head"]))
+    return moved_by(seed, model)
+
+
+@pytest.mark.parametrize("given", ["whole", "part", "around"])
+@pytest.mark.parametrize("saved", ["whole", "part", "around"])
+def test_a_second_adapter_loads_whatever_was_saved_and_whatever_is_given(tmp_path, given, saved):
+    """Names of the whole, of the part, of a module around: each finds its place beside the first adapter."""
+
+    def seen(model: Outer, how: str) -> nn.Module:
+        return {"whole": model, "part": model.model, "around": nn.ModuleDict({"outer": model})}[how]
+
+    other, model = adapted_outer(7), adapted_outer(8)
+    save_adapter(seen(other, saved), tmp_path)
+    first, x = model(torch.ones(1, 5)), torch.ones(1, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_adapter(seen(model, given), tmp_path, name="second")
+    assert torch.equal(model(x), other(x))
+    assert adapter_names(seen(model, given)) == ["default", "second"]
+    set_adapter(seen(model, given), "default")
+    assert torch.equal(model(x), first)
+    with use_adapters(seen(model, given), ["second", "default"]):
+        assert torch.allclose(model(torch.ones(2, 5)), torch.cat([other(x), first]), atol=1e-6)
+    remove_adapter(seen(model, given), "second")
+    assert adapter_names(model) == ["default"]
+
+
+def test_a_second_adapter_that_is_refused_by_a_part_leaves_the_whole_as_it_was(tmp_path):
+    class Wider(Outer):
+        def __init__(self):
+            super().__init__()
+            self.model.lin = nn.Linear(6, 7)
+
+    wider = Wider()
+    attach_uora(wider, UORAConfig(2, ["lin"], trainable_modules=["head"]))
+    save_adapter(wider, tmp_path)
+    model = adapted_outer()
+    keys, x = list(model.state_dict()), torch.ones(1, 5)
+    wants, before = [p.requires_grad for p in model.parameters()], model(x)
+    with pytest.raises(ValueError, match=r"shape|another"):
+        load_adapter(model.model, tmp_path, name="second")
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == wants
+    assert torch.equal(model(x), before)
+
+
+def test_an_adapter_is_added_through_a_part_and_a_copy_of_a_part_is_refused():
+    model = adapted_outer()
+    assert add_adapter(model.model, "second") == ["lin"]
+    assert adapter_names(model) == ["default", "second"]
+    copied = copy.deepcopy(model.model)
+    with pytest.raises(ValueError, match="the model that was given to attach_uora"):
+        set_adapter(copied, "default")

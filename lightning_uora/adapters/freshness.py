@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_uora.adapters.watching import Watch
+
 __all__ = ["Kept", "keepable"]
 
 SAMPLE = 128
@@ -62,6 +64,8 @@ class Kept:
         probes: Views of them, and the numbers that were there.
         weight: The effective weight.
         version: Of the weight.
+        probe: As of the sources, of the weight.
+        watch: Of the weight.
     """
 
     dtype: torch.dtype
@@ -70,6 +74,8 @@ class Kept:
     probes: list[tuple[Tensor, Tensor]]
     weight: Tensor | None = None
     version: int = 0
+    probe: tuple[Tensor, Tensor] | None = None
+    watch: Watch | None = None
 
     @classmethod
     def of(cls, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> Kept | None:
@@ -81,9 +87,12 @@ class Kept:
         views = [_probe(t, whole=place in (3, 4)) for place, t in enumerate(sources)]
         return cls(dtype, sources, key, [(view, view.clone()) for view in views])
 
-    def hold(self, weight: Tensor) -> None:
+    def hold(self, weight: Tensor, watch: Watch) -> None:
         """Keep the weight that was built."""
+        self.watch = watch
         self.weight, self.version = weight, weight._version
+        view = _probe(weight.detach(), whole=False)
+        self.probe = view, view.clone()
 
     def fresh(self, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> Tensor | None:
         """The weight where nothing has changed, else None."""
@@ -96,4 +105,7 @@ class Kept:
         except RuntimeError:
             return None
         same = same and all(torch.equal(now, before) for now, before in self.probes)  # in the same memory
+        if same and self.watch is not None and self.probe is not None and not torch.equal(*self.probe):
+            self.watch.hand_on()  # written to past its version
+            return None
         return self.weight if same else None

@@ -201,28 +201,16 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 KEEP = frozenset(["requires_grad_", "detach_", "share_memory_", "rename_", "set_"])
 """Methods with a trailing underscore that change neither number nor shape, or are written above."""
-SHAPES = frozenset(
-    [
-        "resize_",
-        "resize_as_",
-        "t_",
-        "transpose_",
-        "swapaxes_",
-        "swapdims_",
-        "squeeze_",
-        "unsqueeze_",
-        "as_strided_",
-        "sparse_resize_",
-        "sparse_resize_and_clear_",
-        "resize_as_sparse_",
-    ]
-)
+_RESHAPES = "t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_ resize_ resize_as_"
+_SPARSE = "sparse_resize_ sparse_resize_and_clear_ resize_as_sparse_"
+SHAPES = frozenset(f"{_RESHAPES} {_SPARSE}".split())
 _IN_PLACE = [n for n in dir(Tensor) if n[-1] == "_" and n[0] != "_" and n not in KEEP | SHAPES]
 _OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]
 _VIEWS = (
-    "__getitem__ view view_as reshape reshape_as flatten unflatten ravel t transpose swapaxes swapdims permute "
-    "movedim moveaxis adjoint narrow select squeeze unsqueeze expand expand_as diagonal unfold as_strided "
-    "split split_with_sizes tensor_split hsplit vsplit dsplit chunk unbind"
+    "__getitem__ view view_as reshape reshape_as flatten unflatten ravel t transpose swapaxes "
+    "swapdims permute movedim moveaxis adjoint narrow select squeeze unsqueeze expand expand_as "
+    "diagonal unfold as_strided split split_with_sizes tensor_split hsplit vsplit dsplit chunk "
+    "unbind"
 )
 for _name in [*_IN_PLACE, "__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)]:
     if hasattr(Tensor, _name):

@@ -20,12 +20,14 @@ WHOLE = 2_048
 # (reentrant checkpointing) it is built too: keeping it would hold a second copy of every adapted weight. Of
 # sharded weights nothing is kept: FSDP2 gathers them into the same memory without moving a version. Else it
 # is kept until something it was made from has changed: another object, data pointer or version; and because
-# fused optimizers, `.data` and other views write without moving a version, the numbers are compared as well.
-# d and b are compared whole. A, B and W up to WHOLE numbers too, larger ones by SAMPLE numbers spread over
-# them: bulk writes (loading, averaging, scaling) show there. What does not show is a write through `.data`
-# to a few single numbers of a large frozen weight between two evaluations. train(), eval() and casts drop
-# what was kept. On an accelerator a comparison would wait for the device at every layer, so nothing is kept
-# there. The weight is built outside inference mode: one made inside could not be used by autograd later.
+# fused optimizers, `.data` and other views write without moving a version, the numbers are compared as
+# well. d and b are compared whole. A, B and W up to WHOLE numbers too, larger ones by SAMPLE numbers spread
+# over them: bulk writes (loading, averaging, scaling) show there. What does not show is a write through
+# `.data` to a few single numbers of a large frozen weight between two evaluations. train(), eval() and
+# casts drop what was kept. On an accelerator a comparison would wait for the device at every layer, so
+# nothing is kept there. The memory that is handed out is the kept weight's own: a write there is found out
+# by its watch, or by numbers as of A, B and W, and goes to the base. The weight is built outside inference
+# mode: one made inside could not be used by autograd later.
 
 
 def keepable(t: Tensor) -> bool:

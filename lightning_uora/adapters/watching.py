@@ -1,4 +1,4 @@
-"""Whether the memory of an effective weight was written to, by whatever name; what was written is handed on."""
+"""Whether the memory of an effective weight was written to, by whatever name: if so, it is handed on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 __all__ = ["Handed", "Watch"]
 
 # Note [Who writes to an effective weight]
-# Views, `out=`, `_foreach_`, optimizers: torch has too many ways to write to be overridden one by one, but they
-# all move the version that a tensor shares with its views. A watch remembers the version. It looks again when
-# the layer is read, saved or loaded, and when the last view is gone: it hangs on the tensor that owns the
-# memory, which views keep alive, and dies with it. So `layer.weight[:2].fill_(7.0)` reads back at once. NumPy,
-# DLPack, storages and pointers move no version: once one was asked for, the numbers are compared too. Storages
-# and pointers do not even keep the tensor; the layer does, until it is read again.
+# Views, `out=`, `_foreach_`, optimizers: torch has too many ways to write to be overridden one by one, but
+# all of them move the version that a tensor shares with its views. A watch remembers the version. It looks
+# again when the layer is read, saved or loaded, and when the last view is gone: it hangs on the tensor that
+# owns the memory, which views keep alive, and dies with it. So `layer.weight[:2].fill_(7.0)` reads back at
+# once. NumPy, DLPack, storages and pointers move no version: once one was asked for, the numbers are
+# compared too. Storages and pointers do not even keep the tensor; the layer does, until it is read again.
 
 
 class Watch:

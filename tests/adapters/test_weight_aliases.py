@@ -1,4 +1,4 @@
-"""Whatever shares memory with a weight that is read, what is written there reaches the base, and stays fresh."""
+"""What is written to memory that a layer's weight was read from reaches the base, and nothing is stale."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ __all__ = ["Kept", "keepable"]
 
 SAMPLE = 128
 WHOLE = 2_048
+OF_WEIGHT = 32
+"""Fewer: each number is a miss of the processor's caches, and the watch finds most writes without them."""
 
 # Note [When the effective weight is kept]
 # With gradients it is built for each read: its graph belongs to one backward. In training without gradients
@@ -42,13 +44,13 @@ def keepable(t: Tensor) -> bool:
     return not transforms
 
 
-def _probe(t: Tensor, whole: bool) -> Tensor:
+def _probe(t: Tensor, whole: bool, sample: int = SAMPLE) -> Tensor:
     """A view of the numbers by which a change of ``t`` shows."""
     t, count = t.detach(), t.numel()
     dense = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) == count
     if whole or count <= WHOLE or not dense:
         return t
-    return t.as_strided((SAMPLE,), ((count - 1) // (SAMPLE - 1),), t.storage_offset())
+    return t.as_strided((sample,), ((count - 1) // (sample - 1),), t.storage_offset())
 
 
 def _key(sources: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -93,7 +95,7 @@ class Kept:
         """Keep the weight that was built."""
         self.watch = watch
         self.weight, self.version = weight, weight._version
-        view = _probe(weight.detach(), whole=False)
+        view = _probe(weight.detach(), whole=False, sample=OF_WEIGHT)
         self.probe = view, view.clone()
 
     def fresh(self, dtype: torch.dtype, sources: tuple[Tensor, ...]) -> Tensor | None:

@@ -60,7 +60,7 @@ INSIDE = {
         ("kinds", "projections", "stand_in"),
         ("stacked", "by_row"),
         ("freshness", "functional", "draws", "effective", "names"),
-        ("own_rows", "opaque"),
+        ("own_rows", "opaque", "watching"),
         ("offloaded",),
     ),
     "distributed": (("processes",), ("sharding",)),

@@ -27,6 +27,7 @@ class AdaptedLinear(AdaptedModule):
             return cast(Tensor, super().forward(x))
         if self._uora_needs_grad():
             self._uora.owner.require_calibrated("training")
+        self._uora.settle()
         (part,) = self._uora.parts.values()
         W, bias = cast(Tensor, self._parameters[part.name]), cast("Tensor | None", self.bias)
         dropped = nn.functional.dropout(x, config.dropout, self.training) if drops else None

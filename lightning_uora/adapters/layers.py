@@ -9,7 +9,6 @@ user code. The parameter itself stays in ``_parameters`` under its name, so stat
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from lightning_uora.adapters.opaque import is_opaque
 from lightning_uora.adapters.own_rows import Own
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.adapters.stacked import home
+from lightning_uora.adapters.watching import Handed
 from lightning_uora.distributed import first_rank
 
 DETACH_FIRST = "call detach_uora(model, merge=True) first"
@@ -53,6 +53,7 @@ class Adapter:
         index: Place among the owner's layers.
         cache: Effective weights kept without gradients, see Note [When the effective weight is kept].
         held: Effective weights of the forward that runs, by thread.
+        handed: Effective weights that somebody may write to, by part.
         base: The adapted parameters as they were last read.
         sharded: The weight was seen as a DTensor.
         raw: Reads and assignments of the adapted parameters are of the base (a state dict's, a hook's).
@@ -68,6 +69,7 @@ class Adapter:
     index: int
     cache: dict[str, Kept] = field(default_factory=dict)
     held: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    handed: dict[str, Handed] = field(default_factory=dict)
     base: dict[str, nn.Parameter] = field(default_factory=dict)
     sharded: bool = False
     raw: bool = False
@@ -83,7 +85,18 @@ class Adapter:
         return sum(part.m for part in self.parts.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": {}, "held": {}, "base": {}}
+        return {**self.__dict__, "cache": {}, "held": {}, "handed": {}, "base": {}}
+
+    def settle(self) -> None:
+        """Hand on what was written to effective weights, see Note [Who writes to an effective weight]."""
+        if not torch.compiler.is_compiling():
+            for handed in list(self.handed.values()):
+                handed.settle()
+
+    def forget(self) -> None:
+        """The same, and keep none."""
+        self.settle()
+        self.cache.clear()
 
     @property
     def holding(self) -> dict[str, Tensor] | None:
@@ -149,6 +162,7 @@ class AdaptedModule(nn.Module):
 
     def merged_weights(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Each adapted parameter by name with its effective weight, computed in float32 at least."""
+        self._uora.forget()
         for name, part in self._uora.parts.items():
             W = cast(nn.Parameter, self.home._parameters[name])
             wide = torch.promote_types(W.dtype, torch.float32)
@@ -181,6 +195,7 @@ class AdaptedModule(nn.Module):
     def _uora_weight(self, name: str) -> Tensor | None:
         """What reading the adapted parameter returns, see Note [When the effective weight is kept]."""
         W, adapter = self._parameters[name], self._uora
+        adapter.settle()
         if isinstance(W, DTensor):  # see Note [Sharded weights]
             adapter.sharded = True
             return W
@@ -204,11 +219,11 @@ class AdaptedModule(nn.Module):
             return self._uora_kept(part, sources)
         if self._uora_needs_grad():
             adapter.owner.require_calibrated("training")
-        weight = part.delta(*sources)
+        weight = _lasting(part, sources)
         if adapter.owner.gradients is not None and weight.requires_grad:
             _collect_gradient(weight, adapter, name)
         if keepable(W):  # nobody looks on
-            weight = effective(weight, functools.partial(self._uora_write, name))
+            weight = self._uora_hand(name, weight)
         if held is not None:
             held[name] = weight
         return weight
@@ -239,18 +254,25 @@ class AdaptedModule(nn.Module):
         if kept is not None and (weight := kept.fresh(dtype, tensors)) is not None:
             return weight
         made = Kept.of(dtype, tensors)
-        if made is None:
-            return part.delta(*sources)
         with torch.inference_mode(False), torch.no_grad():
-            weight = effective(part.delta(*sources), functools.partial(self._uora_write, part.name))
-        made.hold(weight)
+            weight = self._uora_hand(part.name, part.delta(*sources))
+        if made is None:
+            return weight
+        made.hold(weight, weight.uora_watch)
         self._uora.cache[part.name] = made
         return weight
+
+    def _uora_hand(self, name: str, weight: Tensor) -> EffectiveWeight:
+        """``weight`` as one that can be written to, see Note [Writing to an effective weight]."""
+        handed = self._uora.handed.get(name)
+        if handed is None:
+            handed = self._uora.handed[name] = Handed(self, name)
+        return effective(weight, handed.watch(weight))
 
     def _uora_write(self, name: str, written: Tensor) -> None:
         """See Note [Writing to an effective weight]."""
         W = cast(nn.Parameter, self.home._parameters[name])
-        with torch.no_grad():
+        with torch.inference_mode(W.is_inference()), torch.no_grad():
             W.copy_(self._uora_base(name, written))
         self._uora.cache.clear()
 
@@ -276,6 +298,11 @@ class AdaptedModule(nn.Module):
 
     def _uora_assign(self, name: str, value: Any) -> None:
         old = self.home._parameters[name]
+        self._uora.forget()
+        if _is_of(value, self._uora.handed.get(name)) and old is not None and value.shape == old.shape:
+            if not torch.equal(value, getattr(self, name)):  # of `layer.weight += 1`
+                self._uora_write(name, value)
+            return
         if value is not None and not isinstance(value, nn.Parameter):
             super().__setattr__(name, value)  # torch says what it takes
         if old is None or value is None or value.shape != old.shape:
@@ -321,17 +348,17 @@ class AdaptedModule(nn.Module):
 
     @override
     def train(self, mode: bool = True) -> AdaptedModule:
-        self._uora.cache.clear()
+        self._uora.forget()
         super().train(mode)
         return self
 
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedModule:
         """As in torch, but d and b move without being cast; coming from ``meta`` they are set afresh."""
+        self._uora.forget()
         holder = nn.Module()
         holder._parameters = {name: self._parameters.pop(name) for name in ("uora_d", "uora_b")}
         was_meta = any(p is not None and p.is_meta for p in holder._parameters.values())
-        self._uora.cache.clear()
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -347,9 +374,15 @@ class AdaptedModule(nn.Module):
         return self
 
     @override
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """A state dict holds the base, with what was written to it."""
+        self._uora.forget()
+        super()._save_to_state_dict(*args)
+
+    @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A state dict holds the base. With ``assign=True`` a module on ``meta`` gets storage here."""
-        self._uora.cache.clear()
+        self._uora.forget()
         self._uora.raw = True
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -369,6 +402,7 @@ class AdaptedModule(nn.Module):
 
     def base_norm(self) -> Tensor:
         """Frobenius norm of the frozen weight."""
+        self._uora.forget()
         norms = []
         for name in self._uora.parts:
             kept = kept_elsewhere(self.home, name)
@@ -404,6 +438,20 @@ class AdaptedModule(nn.Module):
     def extra_repr(self) -> str:
         own = super().extra_repr()
         return f"{own}{', ' if own else ''}uora_rank={self._uora.owner.config.rank}"
+
+
+def _lasting(part: Part, sources: tuple[Any, ...]) -> Tensor:
+    """The effective weight; in inference mode a tensor with a version, by which a write shows."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return part.delta(*sources)
+    with torch.inference_mode(False), torch.no_grad():
+        return part.delta(*sources)
+
+
+def _is_of(value: Any, handed: Handed | None) -> bool:
+    """Whether an effective weight was read from there."""
+    own = isinstance(value, EffectiveWeight) and not isinstance(value, nn.Parameter)
+    return own and handed is not None and value.uora_watch.handed is handed
 
 
 def _collect_gradient(weight: Tensor, adapter: Adapter, name: str) -> None:

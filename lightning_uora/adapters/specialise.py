@@ -90,6 +90,7 @@ def specialise(module: nn.Module, owner: Projections, index: int) -> AdaptedModu
 def unspecialise(module: AdaptedModule) -> nn.Module:
     """Undo :func:`specialise` exactly."""
     before = type(module)
+    module._uora.forget()
     module.__dict__.update(module._uora.before)
     if isinstance(module, AdaptedExperts):
         leave(cast(Experts, module))

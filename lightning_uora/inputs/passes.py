@@ -174,7 +174,7 @@ class Watch:
         finally:
             self.owner.disabled -= self.off
             for _, layer in self.layers:
-                layer._uora.cache.clear()
+                layer._uora.forget()
 
     def _check(self, fewest: int) -> None:
         """Every layer was reached, by enough rows of finite values; else ``ValueError`` with its name."""

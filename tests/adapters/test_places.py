@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from lightning_uora import (
     ReinitSchedule,
     UORAConfig,
-    add_adapter,
     adapters_disabled,
+    add_adapter,
     attach_uora,
     detach_uora,
     export_peft,

@@ -59,7 +59,7 @@ INSIDE = {
         ("kinds", "projections", "stand_in"),
         ("stacked", "by_row"),
         ("freshness", "functional", "draws", "effective", "names"),
-        ("own_rows", "opaque"),
+        ("own_rows", "opaque", "matrix_names"),
         ("offloaded",),
     ),
     "distributed": (("processes",), ("sharding",)),

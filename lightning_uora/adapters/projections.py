@@ -445,7 +445,7 @@ class Projections(nn.Module):
         if self.record or self.calibrated or self.resized:
             told = {"version": 2, "refreshes": packed(self.record), "calibrated": self.calibrated}
             told |= {"resized": self.resized} if self.resized else {}
-            told |= {"own": [name for name in self._buffers if is_own(name)], "draw": self._drawn_by()}
+            told |= {"own": sorted(filter(is_own, self._buffers)), "draw": self._drawn_by()}
             text = json.dumps(told).encode()
             destination[f"{prefix}record"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 

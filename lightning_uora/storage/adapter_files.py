@@ -254,7 +254,7 @@ def _load(
         "base": renamed(manifest["base"], place.without),
     }
     tensors = renamed(tensors, place.without)
-    trained = [name.removeprefix(place.without) for name in manifest["trained"]]
+    trained = renamed(dict.fromkeys(manifest["trained"]), place.without)
     chosen = Selection(
         tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
     )

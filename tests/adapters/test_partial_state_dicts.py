@@ -185,7 +185,7 @@ def test_an_adapter_that_waits_is_rebuilt_likewise():
     state = {
         key: value
         for key, value in model.state_dict().items()
-        if "uora" in key and (key.endswith("record") or ".A_" not in key and ".B_" not in key)
+        if "uora" in key and (key.endswith("record") or (".A_" not in key and ".B_" not in key))
     }
     other.load_state_dict(state, strict=False)
     for name in ("default", "second"):
@@ -209,5 +209,7 @@ def test_assigned_to_a_model_on_meta_they_are_rebuilt():
 def test_b_of_a_resized_layer_that_is_not_there_is_an_error():
     model, other = run_of(1), run_of(0)
     projections_of(model).resized = ["B_7"]
-    with pytest.raises(RuntimeError, match=r"lacks 'B_7', which the record cannot bring back \(its layer was"):
+    with pytest.raises(
+        RuntimeError, match=r"lacks 'B_7', which the record cannot bring back \(its layer was"
+    ):
         other.load_state_dict(kept(model, "uora_d", "uora_b", "record"), strict=False)

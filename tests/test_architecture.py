@@ -28,13 +28,14 @@ INSIDE = {
         ("attachment", "calibrating", "guarding", "loggers", "resuming", "warnings"),
         ("rates",),
         ("training_batches", "steps", "vector_groups"),
-        ("loaders", "schedules"),
+        ("loaders", "schedules", "writing"),
     ),
     "storage": (
         ("merging", "peft", "bank"),
         ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
         ("placing", "low_rank", "waiting"),
         ("restoring",),
+        ("verifying",),
         ("manifest", "fingerprints", "folders", "unpickling"),
     ),
     "inputs": (

@@ -13,6 +13,7 @@ from lightning_uora.storage.manifest import manifests_of
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton
 from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import by_parameter, known_targets
+from lightning_uora.storage.verifying import write_verified
 from lightning_uora.storage.waiting import in_use, names_in
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "skeleton",
     "what_folder",
     "write_peft",
+    "write_verified",
 ]

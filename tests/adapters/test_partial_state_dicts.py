@@ -152,7 +152,7 @@ def test_a_record_of_another_seed_is_an_error_where_a_and_b_are_absent():
 
 
 def test_a_strict_load_still_names_what_is_missing():
-    with pytest.raises(RuntimeError, match='Missing key.*"uora_projections.A_5"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"uora_projections.A_5"'):
         run_of(0).load_state_dict({**base().state_dict(), **kept(run_of(1), "uora_d", "uora_b", "record")})
 
 

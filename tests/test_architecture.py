@@ -14,7 +14,7 @@ import pytest
 import lightning_uora
 
 HOUSE = (
-    ("callback", "cli"),
+    ("callback", "cli", "yaml_errors"),
     ("trainer",),
     ("storage", "inputs"),
     ("reports", "reinit"),

@@ -42,4 +42,4 @@ def one_line_errors() -> Iterator[None]:
         if UNION not in message or reason(message) == message:
             raise
         sys.stderr.write(f"error: {reason(message)}\n")
-        raise SystemExit(2) from None
+        sys.exit(2)

@@ -143,14 +143,15 @@ def test_plugins_that_write_otherwise_are_left_alone(tmp_path):
 
 
 def test_asynchronous_writes_are_verified_in_their_thread(tmp_path, monkeypatch):
-    plugin = AsyncCheckpointIO(TorchCheckpointIO())
-    run = trainer(callback(), max_epochs=1, plugins=[plugin])
+    run = trainer(callback(), max_epochs=1, plugins=[AsyncCheckpointIO(TorchCheckpointIO())])
     run.fit(Toy(), data())
+    run.strategy.checkpoint_io = plugin = AsyncCheckpointIO(TorchCheckpointIO())  # the fit has shut its own
     for number in range(3):
         run.save_checkpoint(tmp_path / f"{number}.ckpt")
     plugin.teardown()
     assert len(list(tmp_path.iterdir())) == 3
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", spoiled(change_value("uora_b")))
+    run.strategy.checkpoint_io = plugin = AsyncCheckpointIO(TorchCheckpointIO())
     run.save_checkpoint(tmp_path / "1.ckpt")
     with pytest.raises(OSError, match="reads back otherwise"):
         plugin.teardown()

@@ -14,7 +14,7 @@ import pytest
 import lightning_uora
 
 HOUSE = (
-    ("callback", "cli"),
+    ("callback", "cli", "yaml_errors"),
     ("trainer",),
     ("storage", "inputs"),
     ("reports", "reinit"),
@@ -28,7 +28,7 @@ INSIDE = {
         ("attachment", "calibrating", "guarding", "loggers", "resuming", "warnings"),
         ("rates",),
         ("training_batches", "steps", "vector_groups"),
-        ("loaders", "schedules"),
+        ("loaders", "schedules", "writing"),
     ),
     "storage": (
         ("merging", "peft", "bank"),
@@ -36,6 +36,7 @@ INSIDE = {
         ("several_roots",),
         ("placing", "low_rank", "waiting"),
         ("restoring",),
+        ("verifying",),
         ("manifest", "fingerprints", "folders", "unpickling"),
     ),
     "inputs": (
@@ -60,7 +61,7 @@ INSIDE = {
         ("kinds", "projections", "stand_in"),
         ("stacked", "by_row"),
         ("freshness", "functional", "draws", "effective", "names"),
-        ("own_rows", "opaque", "watching"),
+        ("own_rows", "opaque", "matrix_names", "watching"),
         ("offloaded",),
     ),
     "distributed": (("processes",), ("sharding",)),

@@ -374,6 +374,15 @@ def test_a_loss_among_the_hyperparameters_is_shown_and_merged(tmp_path, capsys, 
     assert type(kept["loss"]) is nn.CrossEntropyLoss
 
 
+@pytest.mark.parametrize("content", [b"import torch\n", b"", b"PK\x03\x04 cut off", bytes(range(256))])
+def test_a_file_that_is_no_checkpoint_is_one_line_without_advice_to_run_it(content, tmp_path, capsys):
+    path = tmp_path / "mymod.py"
+    path.write_bytes(content)
+    assert main(["show", str(path)]) == 2
+    said = "is damaged or not a checkpoint: torch.save did not write it, or not all of it."
+    assert capsys.readouterr().err == f"uora: {path} {said}\n"
+
+
 class Needy(Toy):
     """Cannot be made of nothing."""
 

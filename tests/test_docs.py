@@ -110,7 +110,7 @@ def test_the_navigation_misses_no_page():
 PIECE, SHOWN = 14, 34
 WARN = ("warnings.warn", "rank_zero_warn")
 MAKERS = {
-    "__str__", "_nothing_found", "_part", "_quantised", "_refusal", "_tied", "_unknown",
+    "__str__", "_not_from_record", "_nothing_found", "_part", "_quantised", "_refusal", "_tied", "_unknown",
     "_unsupported_weight", "check_base", "invalid",
     "nothing_found", "nothing_inside", "passed_by", "place_of", "tied_beyond", "unreachable", "unreadable",
     "unsupported", "what_folder",

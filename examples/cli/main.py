@@ -21,6 +21,8 @@ from lightning.pytorch.cli import LightningCLI
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bundled import one_line_errors
 
+from lightning_uora.yaml_errors import reason
+
 
 class OneLineCLI(LightningCLI):
     """LightningCLI that says in one line why a model, data or a callback could not be made."""
@@ -31,16 +33,6 @@ class OneLineCLI(LightningCLI):
                 super().instantiate_classes()
             except ValueError as error:
                 raise ValueError(reason(str(error))) from error
-
-
-ITS_OWN = ("Does not validate", "Expected a", "Not a valid", "a class path", "a dict ")
-"""How the lines begin that jsonargparse writes about the types that a value might have had."""
-
-
-def reason(message: str) -> str:
-    """What a callback, a model or data said, out of jsonargparse's list; the message where there is none."""
-    said = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
-    return next((line for line in said if not line.startswith(ITS_OWN)), message)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lightning_uora.adapters.attachments import (
 from lightning_uora.adapters.draws import draw_down, one_thread
 from lightning_uora.adapters.experts import AdaptedExperts
 from lightning_uora.adapters.functional import factored_flops, merged_flops
-from lightning_uora.adapters.kinds import Part, key_of
+from lightning_uora.adapters.kinds import Part, key_of, named_parts, unsupported
 from lightning_uora.adapters.layers import AdaptedModule, facts
 from lightning_uora.adapters.mixing import use_adapters
 from lightning_uora.adapters.names import (
@@ -106,6 +106,7 @@ __all__ = [
     "named_layers",
     "named_modules",
     "named_parameters",
+    "named_parts",
     "one_thread",
     "packed",
     "packed_parts",
@@ -129,6 +130,7 @@ __all__ = [
     "trained_parameters",
     "undo",
     "unpacked",
+    "unsupported",
     "unwrapped",
     "use_adapters",
     "vectors_in",

@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_uora.adapters.draws import Init, draw_down, draw_up
+from lightning_uora.adapters.matrix_names import PLACES, is_own, lacking, shared_name, whole_name
 from lightning_uora.adapters.own_rows import NOTHING, Own, packed, replaced, unpacked
 from lightning_uora.config import UORAConfig
 
@@ -53,29 +54,6 @@ def _memory() -> float:
         return float("inf")
 
 
-# Note [Names of A and B]
-# ``A_768`` and ``B_768`` are shared. What layer 3 has of its own is ``A_768_3:rows``, ``B_768_3:columns``
-# and, where b decided, ``B_768_3:rows``; their places are in ``...:at``. A that came from a layer's own
-# inputs is whole, ``A_768_3``, in the 16 bits that files hold. Files of before have whole copies.
-
-PLACES = ":at"
-
-
-def _is_own(name: str) -> bool:
-    """Whether a buffer is one layer's own and not shared, see Note [Names of A and B]."""
-    return name.count("_") == 2
-
-
-def _whole_name(name: str) -> str:
-    """Of the matrix that a buffer is of: ``A_768_3`` for ``A_768_3:rows``."""
-    return name.partition(":")[0]
-
-
-def _shared_name(name: str) -> str:
-    """Of the shared matrix that a layer's own one replaces."""
-    return "_".join(name.partition(":")[0].split("_")[:2])
-
-
 class Projections(nn.Module):
     """A for every distinct width n and B for every distinct height m, drawn from the seed.
 
@@ -93,6 +71,9 @@ class Projections(nn.Module):
     Raises:
         ValueError: A and B would need more than the machine's memory.
     """
+
+    replay: ClassVar[Callable[[Projections, list[dict[str, Any]], dict[str, Tensor], Collection[str]], None]]
+    """How matrices are rebuilt from a record; ``reinit``, which knows how rows turn, puts it here."""
 
     def __init__(
         self,
@@ -208,10 +189,10 @@ class Projections(nn.Module):
 
     def put(self, name: str, values: Tensor) -> None:
         """Take a whole matrix; a layer's own is kept as the rows that differ from the shared ones."""
-        if not _is_own(name):
+        if not is_own(name):
             self._shared(name).copy_(values)
             return
-        shared = self._shared(_shared_name(name))
+        shared = self._shared(shared_name(name))
         if self._is_whole(name):
             self._register(name, values.to(shared.device, torch.half))
             return
@@ -236,11 +217,11 @@ class Projections(nn.Module):
             chosen: Their places, ascending.
             values: The new rows (or columns, as rows), one for each place.
         """
-        name = _whole_name(key)
-        shared = self._shared(_shared_name(name))
+        name = whole_name(key)
+        shared = self._shared(shared_name(name))
         values = self.rounded(name, values).to(shared.device, shared.dtype)
         columns = name[0] == "B" and not key.endswith(":rows")
-        if not _is_own(name) or self._is_whole(name):
+        if not is_own(name) or self._is_whole(name):
             M = self._shared(name)
             (M.t() if columns else M)[list(chosen)] = values.to(M.dtype)
         elif not columns:
@@ -279,7 +260,7 @@ class Projections(nn.Module):
             values = values.t().contiguous().t()
         self.register_buffer(name, values)
         self.elsewhere.clear()  # copies of what stood here before
-        self.has_own = self.has_own or _is_own(name)
+        self.has_own = self.has_own or is_own(name)
 
     @property
     def uncalibrated(self) -> bool:
@@ -342,7 +323,7 @@ class Projections(nn.Module):
         if self.config.init != "inputs":
             return kept
         own = self.config.share == "layer"
-        return kept | {n: A.half() for n, A in self.matrices.items() if n[0] == "A" and _is_own(n) == own}
+        return kept | {n: A.half() for n, A in self.matrices.items() if n[0] == "A" and is_own(n) == own}
 
     def rounded(self, name: str, values: Tensor) -> Tensor:
         """``values`` for the buffer of that name, as they will be stored."""
@@ -367,12 +348,12 @@ class Projections(nn.Module):
 
     def take(self, values: dict[str, Tensor]) -> None:
         """As :meth:`set`, of some of A and B, known to fit; the others stay."""
-        for name in sorted(values, key=_is_own):  # shared ones first
+        for name in sorted(values, key=is_own):  # shared ones first
             value = values[name]
             if ":" not in name:
                 self.put(name, value)
             elif not name.endswith(PLACES):
-                shared = self._shared(_shared_name(name))
+                shared = self._shared(shared_name(name))
                 self._register(name, value.to(shared.device, shared.dtype, copy=True))
                 self._register(name + PLACES, values[name + PLACES].to(shared.device, copy=True))
 
@@ -383,7 +364,7 @@ class Projections(nn.Module):
                 raise ValueError(f"{name} of shape {tuple(value.shape)} is not a projection of this model.")
 
     def _is_known(self, name: str, value: Tensor, places: Tensor | None) -> bool:
-        shared, form = self._buffers.get(_shared_name(name)), name.partition(":")[2]
+        shared, form = self._buffers.get(shared_name(name)), name.partition(":")[2]
         if shared is None or value.dim() != 2:
             return False
         if not form:
@@ -403,14 +384,14 @@ class Projections(nn.Module):
 
     def names_ever(self, layers: int) -> list[str]:
         """Every buffer name that may exist in a run with that many layers."""
-        shared = [name for name in self._buffers if not _is_own(name)]
+        shared = [name for name in self._buffers if not is_own(name)]
         forms = ("", ":rows", f":rows{PLACES}", ":columns", f":columns{PLACES}")
         return shared + [f"{n}_{layer}{form}" for n in shared for layer in range(layers) for form in forms]
 
     def _drop_own(self, keep: Iterable[str]) -> None:
-        for name in [name for name in self._buffers if _is_own(name) and name not in keep]:
+        for name in [name for name in self._buffers if is_own(name) and name not in keep]:
             del self._buffers[name]
-        self.has_own = any(map(_is_own, self._buffers))
+        self.has_own = any(map(is_own, self._buffers))
 
     def _draw(self, name: str) -> Tensor:
         rank, seed = self.config.rank, self.config.seed
@@ -432,7 +413,7 @@ class Projections(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Projections:
         """As in torch; what had no storage (``meta``) and gets some is drawn, never left undefined."""
         was_meta = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
-        whole = [name for name in self._buffers if _is_own(name) and ":" not in name]
+        whole = [name for name in self._buffers if is_own(name) and ":" not in name]
         exact = {name: cast(Tensor, self._buffers[name]) for name in whole}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         aside = nn.ParameterList(self.displaced.values())  # stands nowhere in the model
@@ -455,7 +436,8 @@ class Projections(nn.Module):
     # A and B in a checkpoint are of no use to a resume without the record of how they came about, and a
     # layer's own copies exist only after a refresh or a calibration. So the record travels as one tensor of
     # JSON bytes beside them, and loading makes or removes copies to match. A state dict that knows nothing of
-    # this owner changes nothing.
+    # this owner changes nothing: of vectors alone it cannot be told which A and B they were trained with.
+    # Where it has the record and lacks A or B (people save what trains), they are rebuilt, or it is an error.
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -464,26 +446,85 @@ class Projections(nn.Module):
         if self.record or self.calibrated or self.resized:
             told = {"version": 2, "refreshes": packed(self.record), "calibrated": self.calibrated}
             told |= {"resized": self.resized} if self.resized else {}
+            told |= {"own": sorted(filter(is_own, self._buffers)), "draw": self._drawn_by()}
             text = json.dumps(told).encode()
             destination[f"{prefix}record"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
+    def _drawn_by(self) -> dict[str, Any]:
+        """What A and B depend on besides their sizes and the record."""
+        return {field: getattr(self.config, field) for field in ("rank", "init", "seed", "share")}
+
     @override
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """See Note [Record and own copies in the state dict]."""
         names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        if names:
-            record = state_dict.pop(f"{prefix}record", None)
-            told = {} if record is None else json.loads(bytes(record.tolist()))
-            self.record = unpacked(told.get("refreshes", []))
-            self.calibrated, self.resized = told.get("calibrated", False), told.get("resized", [])
-            self._make_room(state_dict, prefix, names)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not names:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        record = state_dict.pop(f"{prefix}record", None)
+        told = {} if record is None else json.loads(bytes(record.tolist()))
+        told["refreshes"] = unpacked(told.get("refreshes", []))
+        absent = lacking(names, [name for name in self._buffers if not is_own(name)], told)
+        if absent and (why := self._not_from_record(absent, told)):
+            error_msgs.append(f"{prefix.rstrip('.')}: {why}")
+            return
+        self.record = told["refreshes"]
+        self.calibrated, self.resized = told.get("calibrated", False), told.get("resized", [])
+        self._make_room(state_dict, prefix, names)
+        errors = len(error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if absent and len(error_msgs) == errors:
+            self._rebuild(absent, local_metadata.get("assign_to_params_buffers", False), record)
+
+    def _not_from_record(self, absent: Collection[str], told: dict[str, Any]) -> str:
+        """Why seed and record cannot bring back what a state dict lacks; empty where they can."""
+        mine, theirs = self._drawn_by(), told.get("draw", {})
+        other = next((field for field, value in theirs.items() if value != mine.get(field)), "")
+        if other:
+            return (
+                f"the state dict lacks {min(absent)!r}, and its record is of {other}={theirs[other]!r}, here "
+                f"{other}={mine[other]!r}; attach with the configuration of the run, or keep A and B in it."
+            )
+        own, resized = self.config.share == "layer", set(map(whole_name, told.get("resized", ())))
+        inputs = self.config.init == "inputs" and told.get("calibrated", False)
+        lost = sorted(n for n in absent if n in resized or (inputs and n[0] == "A" and is_own(n) == own))
+        if inputs and own and "own" not in told and not lost:
+            lost = sorted(absent)
+        if not lost:
+            return ""
+        what = "A comes from the inputs" if lost[0][0] == "A" else "its layer was resized"
+        return (
+            f"the state dict lacks {lost[0]!r}, which the record cannot bring back ({what}); keep it in the "
+            "state dict, or use save_adapter and load_adapter."
+        )
+
+    @torch.no_grad()
+    def _rebuild(self, absent: Collection[str], assigned: bool, record: Tensor | None) -> None:
+        """What a state dict lacked, from the seed and the record; all else stays as it was loaded."""
+        device = "cpu" if record is None else record.device
+        for name in [name for name, buffer in self._buffers.items() if cast(Tensor, buffer).is_meta]:
+            if not assigned:
+                return  # nothing was loaded
+            self._buffers[name] = torch.empty_like(cast(Tensor, self._buffers[name]), device=device)
+        given = {n: cast(Tensor, b).clone() for n, b in self._buffers.items() if whole_name(n) not in absent}
+        Projections.replay(self, self.record, given, absent)
 
     def _make_room(self, state_dict: dict[str, Any], prefix: str, names: list[str]) -> None:
         """Own rows as the state dict has them; whole copies, of before, become rows there."""
         self._drop_own(keep=())
         for name in names:
-            shared = self._buffers.get(_shared_name(name))
-            if not _is_own(name) or shared is None:
+            shared = self._buffers.get(shared_name(name))
+            if not is_own(name) or shared is None:
                 continue
             if ":" in name or self._is_whole(name):
                 value = state_dict[f"{prefix}{name}"]
@@ -493,14 +534,14 @@ class Projections(nn.Module):
                 self._register(name, torch.empty_like(value, device=shared.device, dtype=dtype))
                 continue
             whole = state_dict.pop(f"{prefix}{name}")
-            drawn = state_dict.get(f"{prefix}{_shared_name(name)}", shared)
+            drawn = state_dict.get(f"{prefix}{shared_name(name)}", shared)
             if whole.shape != drawn.shape:
                 state_dict[f"{prefix}{name}"] = whole  # torch says what does not fit
                 continue
-            ours, self._buffers[_shared_name(name)] = shared, drawn
+            ours, self._buffers[shared_name(name)] = shared, drawn
             self.put(name, whole)
-            self._buffers[_shared_name(name)] = ours
-            for key in [key for key in self._buffers if _whole_name(key) == name]:
+            self._buffers[shared_name(name)] = ours
+            for key in [key for key in self._buffers if whole_name(key) == name]:
                 state_dict[f"{prefix}{key}"] = self._buffers[key]
                 self._register(key, torch.empty_like(cast(Tensor, self._buffers[key]), device=shared.device))
 

@@ -7,7 +7,7 @@ none knows another's insides. :func:`refresh` joins the first two; the callback 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,19 +82,40 @@ def rebuild(model: nn.Module) -> None:
 
 def rebuild_around(one: Attachment, given: dict[str, Tensor]) -> None:
     """As :func:`rebuild`, with the projections in ``given`` taken as they are."""
-    owner = one.owner
-    record = list(owner.record)
+    slots = {slot.key for vector in ("d", "b") for slot in slots_of(one, vector)}
+    taken = set(map(_matrix, given))
+    replay(one.owner, list(one.owner.record), given, {_matrix(key) for key in slots} - taken)
+
+
+def replay(
+    owner: Projections, record: list[dict[str, Any]], given: dict[str, Tensor], wanted: Collection[str]
+) -> None:
+    """The seeded draw, with some matrices taken as they are, and others turned as a record says.
+
+    Args:
+        owner: Of A and B; it has the record afterwards.
+        record: Of the refreshes.
+        given: Buffers that are taken.
+        wanted: Matrices (``A_9``, ``B_7_3``) that are turned; none of which a part is given.
+    """
     owner.reset()
     with torch.no_grad():
         owner.take(given)
         for number, entry in enumerate(record):
-            slots = {slot.key: slot for v in ("d", "b") for slot in slots_of(one, v)}
-            plan = [
-                (slots[key], rows) for key, rows in entry["rows"].items() if key in slots and key not in given
-            ]
+            keys = [key for key in entry["rows"] if _matrix(key) in wanted]
+            plan = [(Slot(key, "b" if ":" in key else "d", ()), entry["rows"][key]) for key in keys]
             _write(owner, _turn(owner, plan, entry, number))
             owner.record.append(entry)
     owner.record = record
+
+
+Projections.replay = staticmethod(replay)
+"""See Note [Record and own copies in the state dict]."""
+
+
+def _matrix(name: str) -> str:
+    """``B_7_3`` for ``B_7_3:rows``."""
+    return name.partition(":")[0]
 
 
 # Note [One decision on all ranks]
@@ -190,7 +211,7 @@ def _turn(
     with one_thread():
         for slot, chosen in plan:
             generator = seeded_generator(owner.config.seed, "refresh", number, slot.key)
-            picked = entry.get("picked", {}).get(str(slot.layers[0]._uora.index))
+            picked = entry.get("picked", {}).get(slot.buffer.rpartition("_")[2])  # of a layer's own
             pool, axes = entry.get("candidates", 0), _unused_axes(owner, slot)
             near = None if axes else rows_around(owner, slot, chosen)
             if near is not None:

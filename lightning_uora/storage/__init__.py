@@ -13,6 +13,7 @@ from lightning_uora.storage.manifest import manifests_of
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton, tensors_of_root
 from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import by_parameter, known_targets
+from lightning_uora.storage.verifying import write_verified
 from lightning_uora.storage.waiting import in_use, names_in
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "tensors_of_root",
     "what_folder",
     "write_peft",
+    "write_verified",
 ]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -58,6 +57,7 @@ from lightning_uora.storage.restoring import (
     trained_state,
 )
 from lightning_uora.storage.several_roots import describe_several, load_several
+from lightning_uora.storage.verifying import difference, require_same
 
 __all__ = ["BASE", "load_adapter", "load_onto_base", "read", "save_adapter", "write_folder"]
 
@@ -171,19 +171,8 @@ def write_folder(
 def _compare(tensor_file: Path, tensors: dict[str, Tensor], config_file: Path, told: dict[str, Any]) -> None:
     """Raise ``OSError`` unless what was written reads back as it was given."""
     found = load_file(tensor_file)
-    wrong = [n for n, t in tensors.items() if n not in found or not _same(found[n], t)]
-    if wrong or len(found) != len(tensors) or json.loads(config_file.read_text()) != told:
-        raise OSError(
-            f"what was written reads back otherwise ({wrong[0] if wrong else config_file.name}); the disk "
-            "may be full or bad. The old files are as they were."
-        )
-
-
-def _same(one: Tensor, two: Tensor) -> bool:
-    """Bit by bit: NaN equals itself."""
-    if one.shape != two.shape or one.dtype != two.dtype:
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
+    require_same(difference({n: tensors[n] for n in sorted(tensors)}, {n: found[n] for n in sorted(found)}))
+    require_same(None if json.loads(config_file.read_text()) == told else config_file.name)
 
 
 def seen_from(model: nn.Module) -> Attachment:
@@ -312,7 +301,7 @@ def _load(
         "base": renamed(manifest["base"], place),
     }
     tensors = renamed(tensors, place)
-    trained = [place.name_of(name) for name in manifest["trained"]]
+    trained = list(renamed(dict.fromkeys(manifest["trained"]), place))
     chosen = Selection(
         tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
     )

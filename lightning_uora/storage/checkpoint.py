@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +47,7 @@ from lightning_uora.storage.restoring import (
     take_projections,
 )
 from lightning_uora.storage.unpickling import torch_modules_allowed, unpickled
+from lightning_uora.storage.verifying import write_verified
 from lightning_uora.storage.waiting import (
     describe_waiting,
     names_in,
@@ -87,6 +87,7 @@ class CheckpointHooks:
         kind: ``"full"`` keeps the whole state dict; ``"adapter"`` drops the frozen base and A and B.
         base_mismatch: What another base is, when an ``"adapter"`` checkpoint is loaded.
         look: Told, with the module, of a checkpoint before anything of it is loaded.
+        before_write: Told of the module when a checkpoint of it is complete, and about to be written.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class CheckpointHooks:
         kind: Literal["full", "adapter"],
         base_mismatch: Mismatch = "error",
         look: Callable[[Any, dict[str, Any]], None] | None = None,
+        before_write: Callable[[Any], None] | None = None,
     ) -> None:
         self.module, self.kind, self.base_mismatch, self.look = module, kind, base_mismatch, look
+        self.before_write = before_write
 
     def install(self) -> None:
         """Put the hooks on the module."""
@@ -121,6 +124,8 @@ class CheckpointHooks:
         own.on_save_checkpoint(self.module, checkpoint)
         if found:
             self._require_all(checkpoint)
+            if self.before_write is not None:
+                self.before_write(self.module)
 
     def _describe_and_drop(self, checkpoint: dict[str, Any], found: list[Attachment]) -> None:
         manifests = []
@@ -352,15 +357,12 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint under a temporary name, read it back and rename it."""
-    target = Path(path)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
-        new = Path(temporary) / target.name
-        torch.save(checkpoint, new)
-        with zipfile.ZipFile(new) as archive:
-            if damaged := archive.testzip():
-                raise OSError(f"what was written reads back otherwise ({damaged}); nothing was replaced.")
-        new.replace(target)
+    """Write a checkpoint under a temporary name, read it back, compare every tensor, and rename it.
+
+    Raises:
+        OSError: What was written reads back otherwise; what was there is as it was.
+    """
+    write_verified(checkpoint, path, partial(torch.save, checkpoint))
 
 
 def load_from_checkpoint(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +44,17 @@ def unpickled(path: str | Path, weights_only: bool = True) -> Any:
         except OSError:
             raise
         except Exception as error:  # torch's unpickler fails on garbage in any way it can
-            raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+            raise ValueError(f"{path} is damaged or not a checkpoint: {_why(path, error)}") from error
+
+
+def _why(path: str | Path, error: Exception) -> str:
+    """Without torch's advice to read it in a way that runs what it says."""
+    if not zipfile.is_zipfile(path):
+        return "torch.save did not write it, or not all of it."
+    said = re.search(
+        r"WeightsUnpickler error:\s*(.*?)\s*(?:Check the documentation|$)", str(error), re.DOTALL
+    )
+    return said[1] if said else str(error)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lightning_uora.adapters import (
 )
 from lightning_uora.config import UORAConfig, differences
 from lightning_uora.storage import CheckpointHooks
+from lightning_uora.trainer.writing import verify_write
 
 __all__ = [
     "attach_in_time",
@@ -103,7 +104,7 @@ def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: T
     waiting = (m for name, m in pl_module.named_modules() if SHELF in name.split("."))
     for owner in (*mine, *(m for m in waiting if isinstance(m, Projections))):
         _keep_from_travelling(pl_module, owner)
-    CheckpointHooks(pl_module, own.checkpoint, look=look_at_checkpoint).install()
+    CheckpointHooks(pl_module, own.checkpoint, look=look_at_checkpoint, before_write=verify_write).install()
     told(pl_module, mine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -121,3 +122,141 @@ def test_a_model_without_the_modules_is_another_architecture(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not list(named_adapters(other))
+
+
+class P(nn.Module):
+    """Odd sizes, and a layer that does not train."""
+
+    def __init__(self, width: int = 7) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.lin, self.norm, self.out = nn.Linear(width, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(self.lin(x)))
+
+
+def at(path: str, part: nn.Module, **beside: nn.Module) -> nn.ModuleDict:
+    """A model with ``part`` at a path, and others beside it."""
+    first, *rest = path.split(".")
+    return nn.ModuleDict({first: at(".".join(rest), part) if rest else part, **beside})
+
+
+def saved(model: nn.Module, folder, **options) -> nn.Module:
+    trained(model, **{"target_modules": ["lin"], "trainable_modules": (), **options})
+    save_adapter(model.eval(), folder)
+    return model
+
+
+PREFIXES = [
+    ("model", "backbone"),
+    ("model", "backbone.0"),
+    ("model", "model.inner"),
+    ("a.b", "backbone"),
+    ("a.b", "x.y.z"),
+    ("model.0", "backbone.1"),
+]
+
+
+@pytest.mark.parametrize(("there", "here"), PREFIXES)
+def test_a_prefix_that_differs_is_found_and_said(there, here, tmp_path):
+    model, other = saved(at(there, P()), tmp_path), at(here, P()).eval()
+    said = re.escape(f"What was {there!r} where the adapter was saved is {here!r} here.")
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        names = load_adapter(other, tmp_path)
+    assert names == [f"{here}.lin"]
+    x = torch.randn(4, 7)
+    assert torch.equal(other.get_submodule(here)(x), model.get_submodule(there)(x))
+
+
+def test_of_parts_with_the_same_names_the_one_of_the_same_sizes_is_taken(tmp_path):
+    model = saved(at("model", P()), tmp_path)
+    other = at("small", P(4), backbone=P(), large=P(9)).eval()
+    with pytest.warns(UserWarning, match=r"What was 'model' where the adapter was saved is 'backbone' here"):
+        assert load_adapter(other, tmp_path) == ["backbone.lin"]
+    x = torch.randn(4, 7)
+    assert torch.equal(other["backbone"](x), model["model"](x))
+
+
+def test_where_several_parts_fit_they_are_named_and_nothing_changes(tmp_path):
+    saved(at("model", P()), tmp_path)
+    other = at("a", P(), b=P(), c=P(4))
+    with pytest.raises(ValueError, match="fits several parts of this model: 'a', 'b'; give the one"):
+        load_adapter(other, tmp_path)
+    assert not list(named_adapters(other))
+
+
+def test_the_longest_rest_of_the_names_counts(tmp_path):
+    """``lin`` alone is in two places, ``inner.lin`` in one."""
+    saved(at("model.inner", P()), tmp_path)
+    other = at("backbone.inner", P(), other=P())
+    with pytest.warns(UserWarning, match=r"What was 'model' where the adapter was saved is 'backbone' here"):
+        assert load_adapter(other, tmp_path) == ["backbone.inner.lin"]
+
+
+def test_a_part_of_other_sizes_alone_is_refused_with_its_size(tmp_path):
+    saved(at("model", P()), tmp_path)
+    with pytest.raises(ValueError, match=r"has shape|differ"):
+        load_adapter(at("backbone", P(9)), tmp_path)
+    with pytest.raises(ValueError, match=r"another architecture: the adapter is for 'model.lin'"):
+        load_adapter(at("backbone", nn.Linear(7, 5)), tmp_path)
+
+
+def test_another_base_behind_another_prefix_is_refused(tmp_path):
+    saved(at("model", P()), tmp_path)
+    other = at("backbone", P())
+    with torch.no_grad():
+        other["backbone"].lin.weight.mul_(2.0)
+    with pytest.raises(ValueError, match=r"trained on another base: 'lin.weight' differ"):
+        load_adapter(other, tmp_path)
+    assert not list(named_adapters(other))
+
+
+def test_what_trained_inside_the_prefix_comes_along(tmp_path):
+    model = saved(at("model", P()), tmp_path, trainable_modules=["out"])
+    other = at("backbone", P()).eval()
+    with pytest.warns(UserWarning, match=r"What was 'model'"):
+        load_adapter(other, tmp_path)
+    assert torch.equal(other["backbone"].out.weight, model["model"].out.weight)
+    assert other["backbone"].out.weight.requires_grad
+
+
+def test_what_trained_outside_of_the_prefix_is_refused_or_left_aside(tmp_path):
+    saved(at("model", P(), out=nn.Linear(3, 2)), tmp_path, trainable_modules=["out"])
+    other = at("backbone", P(), out=nn.Linear(3, 2)).eval()
+    with pytest.raises(ValueError, match=r"'out.weight', 'out.bias' trained with the adapter.*head=False"):
+        load_adapter(other, tmp_path)
+    with pytest.warns(UserWarning, match=r"What was 'model'"):
+        assert load_adapter(other, tmp_path, head=False) == ["backbone.lin"]
+
+
+def test_a_head_outside_is_not_taken_for_one_of_its_name_inside(tmp_path):
+    """Both are called ``out`` once the prefix is off."""
+    model = at("model", P(), out=nn.Linear(5, 3))
+    saved(model, tmp_path, trainable_modules=["re:out", "model.out"])
+    inner = P().eval()
+    with pytest.warns(UserWarning, match=r"'out.bias', 'out.weight' of the adapter is left aside"):
+        load_adapter(inner, tmp_path, base_mismatch="warn")
+    assert torch.equal(inner.out.weight, model["model"].out.weight)
+    assert inner.out.weight.requires_grad
+
+
+def test_what_lay_frozen_beside_the_part_is_not_asked_for(tmp_path):
+    """A teacher with running statistics of its own, as in distillation."""
+    model = saved(at("model", P(), teacher=nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))), tmp_path)
+    x = torch.randn(4, 7)
+    for other, path in ((P(), ""), (at("backbone", P()), "backbone")):
+        with pytest.warns(UserWarning, match="'model'"):
+            load_adapter(other.eval(), tmp_path)
+        assert torch.equal(other.get_submodule(path)(x), model["model"](x))
+
+
+def test_the_adapter_of_a_bare_layer_loads_into_the_model_around_it(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 5)
+    around = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))
+    around[2].load_state_dict(layer.state_dict())
+    attach_uora(layer, UORAConfig(rank=4, target_modules="re:", trainable_modules=()))
+    save_adapter(layer, tmp_path)
+    with pytest.warns(UserWarning, match="is loaded into '2'"):
+        assert load_adapter(around, tmp_path) == ["2"]

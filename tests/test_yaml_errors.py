@@ -1,0 +1,60 @@
+"""What a plain ``LightningCLI`` refuses is one line within ``one_line_errors``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_uora.yaml_errors import one_line_errors
+from tests.toys import Toy, data
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Module(Toy):
+    def train_dataloader(self):
+        return data()
+
+
+class Failing(Module):
+    def training_step(self, batch, batch_index):
+        raise ValueError("of training")
+
+
+def run(monkeypatch, tmp_path, cls, **options) -> None:
+    callback = {"class_path": "lightning_uora.UORACallback", "init_args": {"rank": 4, **options}}
+    trainer = {"callbacks": [callback], "logger": False, "max_steps": 1, "accelerator": "cpu"}
+    trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    with one_line_errors():
+        LightningCLI(cls, save_config_callback=None)
+
+
+REFUSED = [
+    ({"rank": -1}, "rank=-1 is not allowed; rank must be an integer of at least 1."),
+    ({"d_init": float("inf")}, "d_init=inf is not allowed; d_init must be a finite number."),
+    ({"reinit": {"start": 0.5, "stop": 0.1}}, "stop=0.1 is not allowed; stop must be at least start=0.5."),
+    ({"reinit": {"growth": "inputs"}}, "growth='inputs' needs init='inputs', got init='orthogonal': A is"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
+def test_a_refused_value_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tmp_path, Module, **options)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+    assert line.startswith(f"error: {said}")
+
+
+def test_what_goes_wrong_in_training_keeps_its_traceback(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="of training"):
+        run(monkeypatch, tmp_path, Failing, target_modules="body.0", trainable_modules="head")
+
+
+def test_what_is_right_runs(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path, Module, target_modules="body.0", trainable_modules="head")

@@ -22,6 +22,8 @@ class AdaptedAround(AdaptedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output plus ``b * (B (d * (A x)))``; x comes first, or as ``x`` or ``input``."""
         out = super().forward(*args, **kwargs)
+        if self._uora.put_out is None and not torch.compiler.is_compiling():
+            self._uora.put_out = out.dtype
         x: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else kwargs["x"]
         owner = self._uora.owner
         if owner.disabled:
@@ -48,6 +50,11 @@ class AdaptedAround(AdaptedModule):
             f"the weight of a {self.original_class.__name__} is quantised, and an update would be lost in "
             "its rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear layers."
         )
+
+    @property
+    def put_out(self) -> torch.dtype | None:
+        """Of its first output."""
+        return self._uora.put_out
 
     def dequantised(self) -> Tensor:
         """The frozen weight, (m, n), in float32."""

@@ -27,7 +27,7 @@ from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
 from lightning_uora.adapters.merged import exchange, merged, updates_of, updates_on, whose_heads_stay
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters, unwrapped
 from lightning_uora.adapters.offloaded import runs_on
-from lightning_uora.adapters.opaque import dtype_of, is_opaque, tensors_of
+from lightning_uora.adapters.opaque import dtype_of, is_opaque, require_linear, tensors_of, working_dtype
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.several_layers import LayerOf, layers_of, trained_with
@@ -119,7 +119,11 @@ def attach_to(
     named = named_layers(root)
     modules = {name: named[name] for name in selection.adapted}
     parts = {name: named_parts(module) for name, module in modules.items()}
-    device, dtype = _device_and_widest_dtype(modules, parts)
+    general = working_dtype(root)
+    for name, module in modules.items():
+        if is_opaque(module):
+            require_linear(name, module, general)
+    device, dtype = _device_and_widest_dtype(modules, parts, general)
     widths = {part.n for found in parts.values() for part in found.values()}
     heights = {sum(part.m for part in found.values()) for found in parts.values()}
     owner = Projections(config, widths, heights, device, dtype)
@@ -339,7 +343,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _device_and_widest_dtype(
-    modules: dict[str, nn.Module], parts: dict[str, dict[str, Part]]
+    modules: dict[str, nn.Module], parts: dict[str, dict[str, Part]], general: torch.dtype
 ) -> tuple[torch.device, torch.dtype]:
     """Where A and B go: to the first weight. Raises for non-finite weights."""
     opaque = {name for name, module in modules.items() if is_opaque(module)}
@@ -351,7 +355,7 @@ def _device_and_widest_dtype(
         for part in parts[name]
         if name not in opaque
     }
-    dtypes = [*(W.dtype for W in weights.values()), *(dtype_of(modules[name]) for name in opaque)]
+    dtypes = [*(W.dtype for W in weights.values()), *(dtype_of(modules[name], general) for name in opaque)]
     dtype = functools.reduce(torch.promote_types, dtypes)
     here = {key: W for key, W in weights.items() if W.device.type != "meta"}
     if here:

@@ -55,6 +55,7 @@ class Adapter:
         held: Effective weights of the forward that runs, by thread.
         handed: Effective weights that somebody may write to, by part.
         base: The adapted parameters as they were last read.
+        put_out: Of a quantised layer, the dtype of its first output.
         sharded: The weight was seen as a DTensor.
         raw: Reads and assignments of the adapted parameters are of the base (a state dict's, a hook's).
         before: Attributes of a quantised module as they were.
@@ -71,6 +72,7 @@ class Adapter:
     held: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     handed: dict[str, Handed] = field(default_factory=dict)
     base: dict[str, nn.Parameter] = field(default_factory=dict)
+    put_out: torch.dtype | None = None
     sharded: bool = False
     raw: bool = False
     before: dict[str, Any] = field(default_factory=dict)

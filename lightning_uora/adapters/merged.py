@@ -13,7 +13,7 @@ from lightning_uora.adapters.around import AdaptedAround
 from lightning_uora.adapters.attachments import Attachment
 from lightning_uora.adapters.names import named_parameters
 from lightning_uora.adapters.offloaded import is_offloaded
-from lightning_uora.adapters.opaque import dequantised, dtype_of, is_opaque, plain_linear
+from lightning_uora.adapters.opaque import dequantised, dtype_of, is_opaque, plain_linear, working_dtype
 from lightning_uora.adapters.several_layers import LayerOf, layers_of, trained_with
 from lightning_uora.adapters.shelf import require_known, the_only
 from lightning_uora.adapters.stacked import home
@@ -43,12 +43,14 @@ def merged(model: nn.Module, updates: Updates, dequantize: bool) -> list[tuple[n
         )
     plain: list[tuple[nn.Module, nn.Linear]] = []
     writes: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
+    general = working_dtype(model)
     with torch.no_grad():
         for path, mine in updates.items():
             module = mine[0][0].module
             if is_opaque(module):
                 _require_plain_wanted(model, path, module, dequantize)
-                weight = _summed("weight", _dequantised(module), mine, path).to(dtype_of(module))
+                weight = _summed("weight", _dequantised(module), mine, path)
+                weight = weight.to(dtype_of(module, getattr(module, "put_out", None) or general))
                 plain.append((module, plain_linear(module, weight)))
                 continue
             for name in mine[0][0].adapter.parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ __all__ = [
     "is_quantised",
     "packed_parts",
     "plain_linear",
+    "require_linear",
     "settle_",
     "sizes",
     "tensors_of",
     "unreachable",
+    "working_dtype",
 ]
 
 LIBRARIES = ("bitsandbytes", "torchao")
@@ -77,15 +80,29 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return cast(int, module.out_features), cast(int, module.in_features)
 
 
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of the numbers that the weight stands for, where that is known; else float32."""
+def dtype_of(module: nn.Module, otherwise: torch.dtype = torch.float32) -> torch.dtype:
+    """Of the numbers that the weight stands for; ``otherwise`` where the module does not tell.
+
+    Eight bits of bitsandbytes without a bias tell nothing: see :func:`working_dtype`.
+    """
     weight: Any = module._parameters.get("weight")
     known = getattr(getattr(weight, "quant_state", None), "dtype", None) or getattr(weight, "dtype", None)
     floats = [t.dtype for t in tensors_of(module).values() if t.is_floating_point() and t.element_size() > 1]
     for dtype in (known, *floats):
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
             return dtype
-    return torch.float32
+    return otherwise
+
+
+def working_dtype(model: nn.Module) -> torch.dtype:
+    """Of most of the numbers that are not packed, adapters left out; float32 where there are none."""
+    counts: Counter[torch.dtype] = Counter()
+    for module in model.modules():
+        if not is_opaque(module):
+            for name, p in module._parameters.items():
+                if p is not None and not name.startswith("uora_") and not is_quantised(p):
+                    counts[p.dtype] += p.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 # Note [Another packing on CPUs]
@@ -101,6 +118,58 @@ def settle_(module: nn.Module) -> None:
     state = getattr(module._parameters.get("weight"), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         module._save_to_state_dict({}, "", False)
+
+
+TOLERANCE = 0.1
+"""How far, of its norm, the image of a sum may be from the sum of images: inputs may be rounded to 8 bits."""
+
+
+@torch.no_grad()
+def require_linear(name: str, module: nn.Module, general: torch.dtype) -> None:
+    """Raise ``ValueError`` where a packed module that no library vouches for is seen not to be a linear map.
+
+    It is asked for the images of a few rows; not on ``meta``, offloaded, or where it refuses them.
+
+    Args:
+        name: Of the module.
+        module: It is opaque.
+        general: The model's working dtype.
+    """
+    (m, n), tensors = sizes(module), list(tensors_of(module).values())
+    known = type(module) is nn.Linear or type(module).__module__.startswith(LIBRARIES)
+    if known or KEPT_FORWARD in module.__dict__ or any(t.is_meta for t in tensors):
+        return
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 4, n, generator=generator).to(tensors[0].device) for _ in range(2))
+    x, y = (t.to(dtype_of(module, general)) for t in (x, y))
+    training, packs = [(one, one.training) for one in module.modules()], module.__dict__.get(PACKS)
+    module.eval()
+    if packs is not None:
+        module.__dict__[PACKS] = False
+    try:
+        images = [module(t) for t in (x + y, x, y, torch.zeros_like(x))]
+    except Exception:  # kernels for other devices, inputs of another form: nothing can be told
+        return
+    finally:
+        for one, was in training:
+            one.training = was
+        if packs is not None:
+            module.__dict__[PACKS] = packs
+    if not all(isinstance(image, Tensor) and image.shape == (1, 4, m) for image in images):
+        found = [
+            tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images
+        ]
+        raise ValueError(
+            f"module {name!r} ({type(module).__name__}) is quantised and no linear map: it makes "
+            f"{found[0]} of inputs of shape {tuple(x.shape)}, where its out_features say {m}; exclude it by "
+            "exclude_modules."
+        )
+    of_sum, of_x, of_y, of_zero = (image.float() for image in images)
+    if (of_sum + of_zero - of_x - of_y).norm() > TOLERANCE * (of_sum - of_zero).norm():
+        raise ValueError(
+            f"module {name!r} ({type(module).__name__}) is quantised and no linear map: its image of a sum "
+            "is not the sum of images; exclude it by exclude_modules."
+        )
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ __all__ += ["unreadable"]
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "n_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k", "topk")
 """What configurations call the number of experts that see one token."""
+LISTS = ("experts", "expert", "moe_experts", "local_experts")
+ROUTERS = frozenset(["router", "gate", "gating", "switch"])
 UP = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "wi", "fc1", "up", "w_in")
 DOWN = ("down_proj", "w2", "wo", "fc2", "down", "w_out")
 
@@ -68,16 +70,26 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def routers(modules: dict[str, nn.Module]) -> set[str]:
-    """Names of the modules that choose among experts: as many outputs as there are experts beside."""
+    """Names of the modules that choose among experts.
+
+    In a block with experts: those with as many outputs as there are experts, or called so.
+    """
     found = set()
     for name, module in modules.items():
         if isinstance(module, Experts):
             block = name.rpartition(".")[0].rpartition(".")[0]
-            count = cast(Tensor, module.host._parameters[module.leaf]).shape[0]
-            inside = f"{block}." if block else ""
-            found |= {
-                other for other, one in modules.items() if other.startswith(inside) and _outputs(one) == count
-            }
+            count: int | None = cast(Tensor, module.host._parameters[module.leaf]).shape[0]
+            within = f"{name}."
+        elif name.rpartition(".")[2] in LISTS:
+            block, within = name.rpartition(".")[0], f"{name}."
+            count = len(module) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else None
+        else:
+            continue
+        inside = f"{block}." if block else ""
+        for other, one in modules.items():
+            if other.startswith(inside) and not other.startswith(within):
+                called = not ROUTERS.isdisjoint(other.removeprefix(inside).split("."))
+                found |= {other} if called or (count is not None and _outputs(one) == count) else set()
     return found
 
 

@@ -304,7 +304,9 @@ def _is_as_expected(owner: Projections, name: str, expected: list[float]) -> boo
             found = owner.current(name)
         except (KeyError, ValueError):
             return False
-    return found is not None and near(fingerprint(found), expected, 1e-2)
+    # in 16 bits a refresh rounds at every step: sums of a few hundred numbers differ by some percent
+    tolerance = 1e-2 if found is None or found.element_size() > 2 else 5e-2
+    return found is not None and near(fingerprint(found), expected, tolerance)
 
 
 def few(names: Any) -> str:

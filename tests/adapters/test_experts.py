@@ -491,3 +491,40 @@ def test_the_vectors_of_experts_are_named_modules():
     torch.testing.assert_close(
         named["experts.up_proj"].update_norm().double(), whole.double(), rtol=1e-4, atol=0
     )
+
+
+class Listed(nn.Module):
+    """A mixture whose experts are modules of their own."""
+
+    def __init__(self, gate: str, experts: str = "experts"):
+        super().__init__()
+        made = [nn.Linear(6, 6) for _ in range(3)]
+        self.add_module(experts, nn.ModuleList(made))
+        self.add_module(gate, nn.Linear(6, 3))
+        self.after = nn.Linear(6, 5)
+
+
+@pytest.mark.parametrize("gate", ["gate", "router", "chooser"])
+def test_routers_beside_experts_in_a_list_are_left_alone(gate):
+    """Told by their name, or by as many outputs as there are experts."""
+    model = nn.Sequential(Listed(gate), nn.Linear(6, 3))
+    names = attach_uora(model, UORAConfig(2, "all-linear", trainable_modules=()))
+    assert names == ["0.experts.0", "0.experts.1", "0.experts.2", "0.after", "1"]
+
+
+def test_a_router_that_is_named_is_adapted():
+    model = nn.Sequential(Listed("gate"))
+    assert attach_uora(model, UORAConfig(2, ["0.gate"], trainable_modules=())) == ["0.gate"]
+
+
+def test_nllb_moe_and_dbrx_keep_their_routers():
+    transformers = pytest.importorskip("transformers")
+    nllb = transformers.NllbMoeConfig(
+        vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, num_experts=4,
+        encoder_sparse_step=1, decoder_sparse_step=1,
+    )  # fmt: skip
+    model = transformers.NllbMoeModel(nllb).get_encoder()
+    names = attach_uora(model, UORAConfig(rank=4, target_modules="all-linear", trainable_modules=()))
+    assert any("experts" in name for name in names)
+    assert not [name for name in names if "router" in name]

@@ -400,3 +400,60 @@ def test_a_quantised_part_that_its_user_froze_stays_as_it_is():
     model = nn.Sequential(nn.Linear(64, 64), teacher)
     assert attach_uora(model, UORAConfig(4, "all-linear", trainable_modules=())) == ["0"]
     assert summarize(model).kept == ("1",)
+
+
+class Clipped(Packed):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Doubled(Packed):
+    def forward(self, x):
+        return torch.cat([super().forward(x)] * 2, -1)
+
+
+class ClippedFourBits(bnb.nn.Linear4bit):
+    def forward(self, x):
+        return super().forward(x).clamp(-0.1, 0.1)
+
+
+def clipped_four_bits() -> nn.Module:
+    new = ClippedFourBits(8, 5, compute_dtype=torch.float32, quant_type="nf4")
+    new.load_state_dict(nn.Linear(8, 5).state_dict())
+    return new.to("cpu")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Clipped(nn.Linear(8, 5)), lambda: Doubled(nn.Linear(8, 5)), clipped_four_bits]
+)
+def test_a_packed_module_that_is_no_linear_map_is_refused_by_name_and_the_model_is_as_it_was(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make(), nn.Linear(5, 2))
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"module '0' \(\w+\) is quantised and no linear map"):
+        attach_uora(model, UORAConfig(2, ["0", "1"], trainable_modules=()))
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alone", [True, False])
+def test_eight_bits_without_a_bias_merge_to_the_models_dtype(dtype, alone):
+    """The layer tells no dtype: its first output does, or the rest of the model."""
+    torch.manual_seed(0)
+    old = nn.Linear(8, 8, bias=False)
+    new = bnb.nn.Linear8bitLt(8, 8, bias=False, has_fp16_weights=False)
+    new.load_state_dict(old.state_dict())
+    model = nn.Sequential(new, *([] if alone else [nn.Linear(8, 8)])).to(dtype).to("cpu")
+    attach_uora(model, UORAConfig(3, ["0"], trainable_modules=()))
+    nn.init.normal_(model[0].uora_b)
+    x = torch.randn(5, 8).to(dtype)
+    with torch.no_grad():
+        y = model(x)
+        detach_uora(model, merge=True, dequantize=True)
+        assert model[0].weight.dtype == dtype
+        assert (model(x).float() - y.float()).norm() < 0.05 * y.float().norm()
+    if not alone:
+        assert attach_uora(model, UORAConfig(3, ["0"], trainable_modules=())) == ["0"]

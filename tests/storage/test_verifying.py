@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_uora.storage import save_checkpoint
-from lightning_uora.storage.verifying import difference
+from lightning_uora.storage.verifying import difference, write_verified
 
 SAME = [
     {"a": torch.tensor([1.0, math.nan]), "b": [1, "x", None, math.nan, {"c": (True,)}]},
@@ -63,3 +63,17 @@ def test_a_merged_checkpoint_that_reads_back_otherwise_leaves_the_old_file(tmp_p
         save_checkpoint({"state_dict": state}, path)
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["plain.ckpt"]
+
+
+class Runs:
+    """An object whose unpickling would raise."""
+
+    def __reduce__(self):
+        return eval, ("1 / 0",)
+
+
+def test_nothing_runs_when_a_checkpoint_is_read_back(tmp_path):
+    checkpoint = {"state_dict": {"w": torch.arange(7)}, "hyper_parameters": {"of": Runs()}}
+    write_verified(checkpoint, tmp_path / "a.ckpt", lambda path: torch.save(checkpoint, path))
+    with pytest.raises(ZeroDivisionError):
+        torch.load(tmp_path / "a.ckpt", weights_only=False)

@@ -37,7 +37,7 @@ INSIDE = {
         ("placing", "low_rank", "waiting"),
         ("restoring",),
         ("verifying",),
-        ("manifest", "fingerprints", "folders", "unpickling"),
+        ("manifest", "fingerprints", "folders", "unpickling", "weight_readers"),
     ),
     "inputs": (
         ("calibration",),

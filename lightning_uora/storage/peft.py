@@ -41,6 +41,7 @@ from lightning_uora.storage.peft_names import (
     version_fact,
 )
 from lightning_uora.storage.restoring import require_finite
+from lightning_uora.storage.weight_readers import weight_reader
 
 __all__ = ["export_peft", "write_peft"]
 
@@ -107,6 +108,7 @@ def _export(
     task, saved = _task_and_saved(model, adapters)
     left = {name: module for name, module in adapters.items() if not _inside(name, saved)}
     _require_one_place(model, left)
+    _require_called(model, left)
     layers, mixture = {name: facts(module) for name, module in left.items()}, has_experts(model)
     parameters = by_parameter(layers, mixture) if format == "lora" else {}
     loss = write_peft(
@@ -258,6 +260,27 @@ def _require_one_place(model: nn.Module, adapters: dict[str, AdaptedModule]) -> 
                     f"modules {first[id(module)]!r} and {name!r} are one adapted module, and PEFT would "
                     f"adapt only the first; {USE_MERGE}."
                 )
+
+
+def _require_called(model: nn.Module, adapters: dict[str, AdaptedModule]) -> None:
+    """See Note [Weights that are read elsewhere]. A warning where the module is called too."""
+    said: set[str] = set()
+    for name in adapters:
+        if adapters[name].home is not adapters[name]:
+            continue
+        found = weight_reader(model, name)
+        if found is not None and not found[1]:
+            raise ValueError(
+                f"{found[0]} reads the weight of {name!r} without calling the module, and PEFT would compute "
+                f"with the base there; {USE_MERGE}."
+            )
+        if found is not None and found[0] not in said:
+            said.add(found[0])
+            warnings.warn(
+                f"{found[0]} may read the weight of {name!r} without calling the module; where it does, PEFT "
+                "computes with the base. Compare outputs, or merge.",
+                stacklevel=5,
+            )
 
 
 def _heads(model: nn.Module) -> list[str]:

@@ -502,3 +502,40 @@ def test_modules_whose_names_end_like_a_trained_one_are_saved_as_they_are(tmp_pa
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["subhead", "overhead", "head", "forehead"]
     assert config["target_modules"] == ["body"]
+
+
+class Reader(nn.Module):
+    """Computes with a weight of its own submodule, as Mamba's mixers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.both, self.plain = (nn.Linear(5, 5) for _ in range(3))
+        self.fast = False
+
+    def reset_weights(self):
+        nn.init.zeros_(self.plain.weight)
+
+    def forward(self, x):
+        x = nn.functional.linear(self.plain(x), self.read.weight, self.read.bias)
+        return nn.functional.linear(x, self.both.weight) if self.fast else self.both(x)
+
+
+def test_a_weight_that_only_its_holder_reads_is_not_exported(tmp_path):
+    model = nn.Sequential(Reader())
+    attach_uora(model, UORAConfig(2, ["read", "plain"], trainable_modules=()))
+    with pytest.raises(ValueError, match=r"Reader.forward reads the weight of '0.read' without calling"):
+        export_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_its_holder_may_read_is_warned_about(tmp_path):
+    model = nn.Sequential(Reader())
+    attach_uora(model, UORAConfig(2, ["both"], trainable_modules=()))
+    with pytest.warns(UserWarning, match=r"Reader.forward may read the weight of '0.both'"):
+        export_peft(model, tmp_path)
+
+
+def test_a_module_that_is_called_is_exported_without_a_word(tmp_path):
+    model = nn.Sequential(Reader())
+    attach_uora(model, UORAConfig(2, ["plain"], trainable_modules=()))
+    export_peft(model, tmp_path)

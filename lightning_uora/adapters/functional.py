@@ -93,8 +93,8 @@ def _delta(
 ) -> Tensor:
     A, B = as_layer_has(A, B, own)
     with no_autocast(W.device):
-        P = B.to(dtype) @ (d[:, None] * A).to(dtype)
         wide = torch.promote_types(W.dtype, b.dtype)
+        P = B.to(dtype) @ (d.to(wide)[:, None] * A).to(dtype)  # A may have 16 bits where W has 64
         rows = b.to(wide).reshape(-1, *[1] * (W.dim() - 1))
         return torch.addcmul(W.to(wide), rows, P.to(wide).reshape(W.shape)).to(W.dtype)
 

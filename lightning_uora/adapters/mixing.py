@@ -60,7 +60,7 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     are shared by all. See Note [How a batch is mixed].
 
     Args:
-        model: The adapted model, or one around it.
+        model: The adapted model, one around it, or a part of it.
         names: One for each sample, along the first axis of every input.
 
     Raises:

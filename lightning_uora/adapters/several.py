@@ -41,7 +41,7 @@ def add_adapter(
     what the model has there now. Adapters with the same rank, seed and draw share A and B in memory.
 
     Args:
-        model: The adapted model, or one around it.
+        model: The adapted model, one around it, or a part of it.
         name: Not used yet; without a dot.
         config: What to adapt and how; None: as the adapter that computes now, in the same layers.
         trainable: False: its parameters want no gradients.
@@ -122,7 +122,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """Say which adapter computes.
 
     Args:
-        model: The adapted model, or one around it.
+        model: The adapted model, one around it, or a part of it.
         name: Of an adapter, with the heads that were trained with it; None: the frozen base's weights, until
             an adapter is set again; heads stay those of the adapter in use.
 

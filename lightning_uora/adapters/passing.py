@@ -100,7 +100,7 @@ def passed_by(
             continue
         for leaf, p in module.named_parameters(recurse=False):
             weight = sum(size > 1 for size in p.shape) > 1 and 2 * p.numel() >= min(sizes)
-            anywhere = leaf in stacks_in(module)
+            anywhere = leaf in stacks_in(module) or "expert" in f"{path}{type(module).__name__}".lower()
             taken = f"{path}{leaf}".lstrip(".") in adapted or SMALL.search(leaf)
             if weight and not taken and (anywhere or any(path.startswith(block) for block in blocks)):
                 place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{path}{leaf}")[1:]

@@ -48,8 +48,9 @@ ADAMW = 16
 # Note [Saved without numbers]), and the room that products take: three times the largest weight in the dtype
 # that it computes in (five times where it is dequantised first), and of the adapter's largest layer two
 # (m, r) products in float32 and one in that dtype. That room is what `benchmarks/memory.py` showed on a CPU:
-# by it the peaks on two layers of an 8B come out within 10 % at ranks 256 and 1024 (bfloat16 -4 and -9 %, nf4 -3
-# and +4 %). A whole 1B comes out 15 % (bfloat16) and 30 % (nf4) too low, a Mixtral block 32 %: not explained.
+# by it the peaks on two layers of an 8B come out within 10 % at ranks 256 and 1024 (bfloat16 -4 and -9 %, nf4
+# -3 and +4 %). A whole 1B comes out 15 % (bfloat16) and 30 % (nf4) too low, a Mixtral block 32 %: not
+# explained.
 
 OWN_SHARE = 0.14
 """Of a layer's rows that four default refreshes turn: 12, 15 and 14 % on the digits, docstrings and manual of

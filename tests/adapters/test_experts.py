@@ -528,3 +528,20 @@ def test_nllb_moe_and_dbrx_keep_their_routers():
     names = attach_uora(model, UORAConfig(rank=4, target_modules="all-linear", trainable_modules=()))
     assert any("experts" in name for name in names)
     assert not [name for name in names if "router" in name]
+
+
+class FlatExperts(nn.Module):
+    """All experts in one matrix, as DBRX keeps them, in a model without numbered blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(4 * 6, 6))
+
+    def forward(self, x):
+        return x @ self.w1[:6].t()
+
+
+def test_experts_in_one_matrix_are_named_where_no_block_is_numbered():
+    model = nn.ModuleDict({"first": nn.Linear(6, 6), "mixture": FlatExperts()})
+    with pytest.warns(UserWarning, match=r"passes by 'mixture.w1'"):
+        attach_uora(model, UORAConfig(2, "all-linear", trainable_modules=()))

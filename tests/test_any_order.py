@@ -54,7 +54,7 @@ from tests.any_order import (
 SOAK = os.environ.get("UORA_ANY_ORDER")
 ORDERS = settings(
     max_examples=int(SOAK or 200),
-    stateful_step_count=30 if SOAK else 12,
+    stateful_step_count=30 if SOAK else 10,
     derandomize=SOAK is None,
     deadline=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),  # to explain takes as long as all the rest

@@ -147,7 +147,7 @@ def require_linear(name: str, module: nn.Module, general: torch.dtype) -> None:
     if packs is not None:
         module.__dict__[PACKS] = False
     try:
-        images = [module(t) for t in (x + y, x, y, torch.zeros_like(x))]
+        images = [module.forward(t) for t in (x + y, x, y, torch.zeros_like(x))]  # past a user's hooks
     except Exception:  # kernels for other devices, inputs of another form: nothing can be told
         return
     finally:

@@ -92,9 +92,6 @@ def save_adapter(
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
-    if name is None:
-        _save(model, directory, projections)
-        return
     with activated(model, name):
         _save(model, directory, projections)
 
@@ -213,7 +210,8 @@ def load_adapter(
     """
     manifest, tensors = read(directory)
     if len(manifests_of(manifest)) > 1:
-        return _load_several(model, manifest, tensors, base_mismatch, head, name)
+        load_several(model, manifest, tensors, base_mismatch, head, name)
+        return [layer for layer, _ in named_adapters(model)]
     if not is_adapted(model):
         require_free(model, name)
         return _load(model, manifest, tensors, base_mismatch, head, name)
@@ -234,25 +232,6 @@ def load_adapter(
     new = attachment_of(root, "load_adapter")
     new.owner.requires_grad_before = kept
     shelf_of(new).share()
-    return [layer for layer, _ in named_adapters(model)]
-
-
-def _load_several(
-    model: nn.Module,
-    stored: dict[str, Any],
-    tensors: dict[str, Tensor],
-    base_mismatch: Mismatch,
-    head: bool,
-    name: str,
-) -> list[str]:
-    """See Note [Several adapted models in a folder]."""
-    if is_adapted(model):
-        raise ValueError(
-            "the folder holds several adapted models, and this model is adapted already; call "
-            "detach_uora(model) first."
-        )
-    require_free(model, name)
-    load_several(model, stored, tensors, base_mismatch, head, name)
     return [layer for layer, _ in named_adapters(model)]
 
 

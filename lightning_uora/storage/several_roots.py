@@ -15,9 +15,11 @@ from lightning_uora.adapters import (
     adopt,
     attach_to,
     detach_uora,
+    is_adapted,
     named_layers,
     named_parameters,
     packed,
+    require_name,
     trained_names,
     unwrapped,
 )
@@ -67,8 +69,14 @@ def load_several(
     """Adapt a plain model as a folder of several says. After an error the model is as it was.
 
     Raises:
-        ValueError: A root or a module is not in the model; as :func:`restore`.
+        ValueError: The model is adapted already; a root or a module is not in it; as :func:`restore`.
     """
+    if is_adapted(model):
+        raise ValueError(
+            "the folder holds several adapted models, and this model is adapted already; call "
+            "detach_uora(model) first."
+        )
+    require_name(called)
     root = unwrapped(model)
     places = [_place(root, manifest, tensors, head, base_mismatch) for manifest in stored["several"]]
     outside = _outside(root, stored, tensors) if head else {}

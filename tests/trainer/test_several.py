@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_uora import ReinitSchedule, UORAConfig, attach_uora, load_from_checkpoint, summarize
+from lightning_uora import (
+    ReinitSchedule,
+    UORACallback,
+    UORAConfig,
+    attach_uora,
+    load_from_checkpoint,
+    summarize,
+)
 from lightning_uora.adapters import attachments
 from lightning_uora.cli import main
+from lightning_uora.trainer.attachment import _know_older_keys
 from tests.toys import TENSORS_ONLY, BuiltInConfigureModel, Toy, callback, data, equal_batches, trainer
 
 EVERY_2 = ReinitSchedule(threshold=9.0, max_fraction=0.5, start=2, stop=99, every_n_steps=2)
@@ -137,3 +145,16 @@ def test_a_checkpoint_of_other_roots_is_refused(tmp_path):
     attach_uora(model.vision, UORAConfig(rank=4, target_modules="all-linear"))
     with pytest.raises(ValueError, match=r"adapters at 'vision', 'text', the module at 'vision'"):
         trainer(callback()).predict(model, data(), ckpt_path=tmp_path / "towers.ckpt", **TENSORS_ONLY)
+
+
+def test_a_checkpoint_that_names_a_callback_by_less_resumes_its_state():
+    """A callback's key once told rank and targets alone, and before several were possible, nothing."""
+    own = UORACallback(3, ["a"], seed=4)
+    for older in (own.short_key, "UORACallback"):
+        saved = {older: {"refresher": 1}, "Other": {}}
+        _know_older_keys(saved, [own])
+        assert saved == {own.state_key: {"refresher": 1}, "Other": {}}
+    twin = UORACallback(3, ["b"])
+    saved = {"UORACallback": {}}
+    _know_older_keys(saved, [own, twin])
+    assert saved == {"UORACallback": {}}  # whose it is cannot be told

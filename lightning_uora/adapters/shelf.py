@@ -176,8 +176,8 @@ def adapter_names(model: nn.Module) -> list[str]:
         if any(isinstance(m, AdaptedModule) for m in model.modules()):
             raise
         return []
-    whole = one if one.key is not None else whole_of(one)
-    shelf = one.root._modules.get(SHELF) if whole is None else whole.root._modules.get(SHELF)
+    whole = one if one.key is not None else whole_of(one) or one
+    shelf = whole.root._modules.get(SHELF)
     return list(shelf.order) if isinstance(shelf, Shelf) else [one.owner.name]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_uora.adapters import Projections, is_adapted, require_name
+from lightning_uora.adapters import Projections, hold_statistics, is_adapted, require_name
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice, require_rate
 from lightning_uora.reinit import require_growth_possible
 from lightning_uora.reports import Summary, summarize
@@ -67,6 +67,8 @@ class UORACallback(Callback):
         d_init: Start of every entry of d.
         dropout: Probability on the adapter's input, Linear-like modules only.
         bias: ``"none"``, ``"adapted"`` or ``"all"``: which biases train.
+        batch_norm: ``"frozen"``: BatchNorm of the frozen base keeps its running statistics and computes with
+            them; ``"moving"``: as PyTorch does in training.
         seed: Seeds A and B; the global random state is not touched.
         compute: ``"auto"``, ``"merged"`` or ``"factored"``.
         share: ``"model"`` or ``"layer"``: whose rows a refresh may change.
@@ -108,6 +110,7 @@ class UORACallback(Callback):
         d_init: float = 0.1,
         dropout: float = 0.0,
         bias: Literal["none", "adapted", "all"] = "none",
+        batch_norm: Literal["frozen", "moving"] = "frozen",
         seed: int = 0,
         compute: Literal["auto", "merged", "factored"] = "auto",
         share: Literal["model", "layer"] = "layer",
@@ -127,6 +130,7 @@ class UORACallback(Callback):
             d_init=d_init,
             dropout=dropout,
             bias=bias,
+            batch_norm=batch_norm,
             seed=seed,
             compute=compute,
             share=share,
@@ -226,6 +230,8 @@ class UORACallback(Callback):
         mine = attachments_of(pl_module, self.config)
         keep_rates(trainer, self._rates)
         calibrate_if_needed(trainer, pl_module, mine, self.reinit)
+        for one in mine:
+            hold_statistics(one)  # SyncBatchNorm has taken the place of what was held
         self._gradients.put(pl_module)
         if self._refreshing is not None:
             self._refreshing.start(trainer, mine)

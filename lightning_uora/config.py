@@ -40,6 +40,9 @@ class UORAConfig:
         d_init: Start of every entry of d.
         dropout: Probability on the adapter's input, of Linear-like modules only.
         bias: ``"adapted"`` trains the biases of the adapted modules too, ``"all"`` every bias of the model.
+        batch_norm: ``"frozen"``: BatchNorm of the frozen base computes with its running statistics, as in
+            ``eval()``; ``"moving"``: with each batch's own, which moves them, as PyTorch does. BatchNorm that
+            trains itself always moves.
         seed: Seeds A and B; no other generator is read or moved.
         compute: ``"merged"`` builds the effective weight, ``"factored"`` applies A and B to the input,
             ``"auto"`` takes what costs fewer operations for each input. What is not Linear-like is always
@@ -65,6 +68,7 @@ class UORAConfig:
     d_init: float = 0.1
     dropout: float = 0.0
     bias: str = "none"
+    batch_norm: str = "frozen"
     seed: int = 0
     compute: str = "auto"
     share: str = "layer"
@@ -79,6 +83,7 @@ class UORAConfig:
             raise invalid("dropout", self.dropout, "a probability in [0, 1)")
         require_choice("init", self.init, INITS)
         require_choice("bias", self.bias, ("none", "adapted", "all"))
+        require_choice("batch_norm", self.batch_norm, ("frozen", "moving"))
         require_choice("compute", self.compute, ("auto", "merged", "factored"))
         require_choice("share", self.share, ("model", "layer"))
         for name in ("target_modules", "exclude_modules", "trainable_modules"):

@@ -35,6 +35,7 @@ from lightning_uora.adapters.names import (
     plain,
     unwrapped,
 )
+from lightning_uora.adapters.norm_statistics import hold_statistics, moving_norms, never_moved
 from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
 from lightning_uora.adapters.own_rows import packed, unpacked
@@ -93,6 +94,7 @@ __all__ = [
     "facts",
     "find_heads",
     "has_experts",
+    "hold_statistics",
     "is_adapted",
     "is_offloaded",
     "is_opaque",
@@ -101,12 +103,14 @@ __all__ = [
     "kept_elsewhere",
     "key_of",
     "merged_flops",
+    "moving_norms",
     "named_adapters",
     "named_buffers",
     "named_layers",
     "named_modules",
     "named_parameters",
     "named_parts",
+    "never_moved",
     "one_thread",
     "packed",
     "packed_parts",

@@ -113,6 +113,7 @@ class Projections(nn.Module):
             str
         ] = []  # buffers of layers whose height has changed: the seed cannot redraw them
         self.elsewhere: dict[Any, Any] = {}  # copies for layers on other devices, with what they are of
+        self.drawn: dict[str, tuple[int, int]] = {}  # where the draw stands, and its version: see reset
         sizes = (sorted(widths), sorted(heights))
         if device.type != "meta":
             _require_room(config.rank, sum(map(sum, sizes)))
@@ -120,10 +121,11 @@ class Projections(nn.Module):
             self.register_buffer(
                 name, self._draw(name).to(device, dtype) if device.type != "meta" else self._meta(name, dtype)
             )
+            self.drawn[name] = self._standing(name)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "elsewhere": {}, "root": None, "made_by": None}
+        return {**self.__dict__, "elsewhere": {}, "drawn": {}, "root": None, "made_by": None}
 
     def sources(self, n: int, m: int, layer: int) -> tuple[Tensor, Tensor, Own]:
         """What a layer computes with: A (r, n), B (m, r), and what stands for rows and columns of them."""
@@ -330,11 +332,17 @@ class Projections(nn.Module):
         return values.half().to(values.dtype) if self.config.init == "inputs" and name[0] == "A" else values
 
     def reset(self) -> None:
-        """Back to the seeded draw: no own copies, no record."""
+        """Back to the seeded draw: no own copies, no record. What was not written since its draw stays."""
         self._drop_own(keep=())
         self.record = []
-        for name, buffer in self._buffers.items():
-            cast(Tensor, buffer).copy_(self._draw(name))
+        for name in self._buffers:
+            if self.drawn.get(name) != self._standing(name):
+                self._shared(name).copy_(self._draw(name))
+                self.drawn[name] = self._standing(name)
+
+    def _standing(self, name: str) -> tuple[int, int]:
+        M = self._shared(name)
+        return (0, -1) if M.is_meta else (M.data_ptr(), M._version)
 
     def set(self, values: dict[str, Tensor]) -> None:
         """Take A and B as they are given; own rows that are not among them are dropped.
@@ -415,6 +423,7 @@ class Projections(nn.Module):
         was_meta = [name for name, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
         whole = [name for name in self._buffers if is_own(name) and ":" not in name]
         exact = {name: cast(Tensor, self._buffers[name]) for name in whole}
+        self.drawn.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         aside = nn.ParameterList(self.displaced.values())  # stands nowhere in the model
         aside._apply(fn)  # type: ignore[no-untyped-call]

@@ -19,8 +19,9 @@ __all__ = ["KnownRows", "rows_around"]
 # An orthogonal draw has orthogonal rows of one norm in each block, and a turn keeps that where there is room.
 # In a full block the turned rows stay in the span of those that turned, so that they are orthogonal to all
 # that never did. Either way the projection off the staying rows needs no decomposition of them: products
-# with the shared rows, or a decomposition of the few rows that were ever turned. In 16 bits the rows are
-# orthogonal within rounding only: repeated products converge there, and full blocks are decomposed.
+# with the shared rows, or a decomposition of the few rows that were ever turned. Where the rows take up half
+# the dimension or less, one product leaves 1e-7; where more, what is left is small and a second is needed. In
+# 16 bits the rows are orthogonal within rounding only: four converge there, and full blocks are decomposed.
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class KnownRows:
         shared: (k, n).
         own: Rows that were ever turned, as they are now, (t, n).
         at: Their places, ascending.
-        passes: Products that a projection takes.
+        exact: Whether they are orthogonal in more than 16 bits.
     """
 
     shared: Tensor
     own: Tensor
     at: list[int]
-    passes: int
+    exact: bool
 
     def turned(
         self,
@@ -51,7 +52,9 @@ class KnownRows:
         n = self.shared.shape[1]
         drawn = drawn_directions(n, chosen, generator, pool, picked)
         place = {row: number for number, row in enumerate(self.at)}
-        old = torch.stack([self.own[place[i]] if i in place else self.shared[i] for i in chosen])
+        old = self.shared[list(chosen)]
+        again = [number for number, i in enumerate(chosen) if i in place]
+        old[again] = self.own[[place[chosen[number]] for number in again]]
         norm = old.norm(dim=1, keepdim=True)
         angle = math.atan2(interpolation, 1.0 - interpolation)
         new = old.clone()
@@ -78,7 +81,8 @@ class KnownRows:
     def _off(self, drawn: Tensor, block: Tensor, touched: list[int], own: Tensor) -> Tensor:
         """``drawn`` less its parts along the rows of a block."""
         square, squares = block[0].square().sum(), own.square().sum(1)
-        for _ in range(self.passes):
+        passes = 4 if not self.exact else 1 if 2 * len(block) <= block.shape[1] else 2
+        for _ in range(passes):
             along = drawn @ block.t() / square
             along[:, touched] = 0.0
             left = torch.addmm(drawn, along, block, alpha=-1.0)
@@ -109,4 +113,4 @@ def rows_around(owner: Projections, slot: Slot, chosen: Sequence[int]) -> KnownR
         own = M[at]
     else:
         own, at = owner.own_rows(slot.buffer) or (M[:0], [])
-    return KnownRows(M.to("cpu", torch.float32), own.to("cpu", torch.float32), at, 2 if exact else 4)
+    return KnownRows(M.to("cpu", torch.float32), own.to("cpu", torch.float32), at, exact)

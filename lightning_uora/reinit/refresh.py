@@ -77,6 +77,7 @@ def rebuild(model: nn.Module) -> None:
     With ``init="inputs"`` A cannot be rebuilt, and stays as it is.
     """
     for one in require_attachments(model, "rebuild"):
+        one.owner.drawn.clear()  # .data was perhaps written, which nothing tells
         rebuild_around(one, one.owner.stored())
 
 

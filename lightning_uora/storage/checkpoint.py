@@ -19,6 +19,7 @@ from lightning_uora.adapters import (
     Selection,
     attach_to,
     attachments,
+    hold_statistics,
     is_adapted,
     named_buffers,
     named_parameters,
@@ -26,7 +27,7 @@ from lightning_uora.adapters import (
     trained_parameters,
 )
 from lightning_uora.config import UORAConfig, differences
-from lightning_uora.distributed import is_sharded
+from lightning_uora.distributed import first_rank, is_sharded
 from lightning_uora.storage.folders import what_folder
 from lightning_uora.storage.manifest import (
     SEVERAL,
@@ -320,8 +321,20 @@ def _paired(
             f"module at {few([path or 'the module itself' for path, _ in here])}."
         )
     for place, one in here.items():
-        _check_same_config(one.owner.config, config_of(saved[place]))
+        _check_same_config(one.owner.config, config_of(saved[place], one.owner.config))
+        _tell_of_norms(one, saved[place])
     return [(one, saved[place]) for place, one in here.items()]
+
+
+def _tell_of_norms(one: Attachment, manifest: dict[str, Any]) -> None:
+    """Runs of before ``batch_norm`` moved the statistics that are held now."""
+    held = hold_statistics(one) if "batch_norm" not in manifest["config"] else []
+    if held and first_rank():
+        warnings.warn(
+            f"the checkpoint was made before batch_norm, when BatchNorm ({few(held)}) moved in training; it "
+            "keeps its statistics now: set batch_norm='moving' to go on as the run began.",
+            stacklevel=4,
+        )
 
 
 def _check_same_config(found: UORAConfig, saved: UORAConfig) -> None:

@@ -198,10 +198,16 @@ def check_vectors(manifest: dict[str, Any], tensors: dict[str, Tensor], where: s
                 raise ValueError(f"{where} is damaged: {key} should have shape {shape}, and has {found}.")
 
 
-def config_of(manifest: dict[str, Any]) -> UORAConfig:
-    """The configuration of a manifest. Raises ``ValueError`` for unknown fields and wrong values."""
+def config_of(manifest: dict[str, Any], here: UORAConfig | None = None) -> UORAConfig:
+    """The configuration of a manifest. Raises ``ValueError`` for unknown fields and wrong values.
+
+    Args:
+        manifest: Checked.
+        here: Whose ``batch_norm`` counts for files of before it; None: the default.
+    """
     known = {field.name for field in dataclasses.fields(UORAConfig)}
     unknown = set(manifest["config"]) - known
     if unknown:
         raise ValueError(f"the manifest's configuration has unknown fields: {', '.join(sorted(unknown))}.")
-    return UORAConfig(**manifest["config"])
+    added = {} if here is None else {"batch_norm": here.batch_norm}
+    return UORAConfig(**{**added, **manifest["config"]})

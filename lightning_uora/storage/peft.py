@@ -19,6 +19,7 @@ from lightning_uora.adapters import (
     facts,
     has_experts,
     key_of,
+    moving_norms,
     named_adapters,
     named_modules,
     plain,
@@ -302,7 +303,7 @@ def _heads(model: nn.Module) -> list[str]:
                 f"{name} was trained by itself, and PEFT's format has no place for it; {USE_MERGE}."
             )
         heads |= dict.fromkeys(of)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if moving_norms(model):
         warnings.warn(
             "PEFT's format has no place for BatchNorm statistics; if training moved them, outputs will "
             "differ.",

@@ -107,7 +107,9 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
         if name not in _names(one):
             _shelve(one, waiting)
         item = item_of(one, name)
-        different = differences(config_of(waiting), "saved", item.projections.config, "here")
+        different = differences(
+            config_of(waiting, item.projections.config), "saved", item.projections.config, "here"
+        )
         here = (list(item.projections.adapted), list(item.trained.values()))
         if different or here != (waiting["adapted"], waiting["trained"]):
             what = different or f"it is for {few(waiting['adapted'])}, here {few(here[0])}"

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_uora.adapters import attachments, named_adapters
+from lightning_uora.adapters import attachments, named_adapters, never_moved
 from lightning_uora.config import UORAConfig
 from lightning_uora.distributed import is_sharded
 from lightning_uora.reports import Summary, progress
@@ -28,6 +28,8 @@ def warn_at_the_start(pl_module: LightningModule, config: UORAConfig, summary: S
             f"Frozen at their start: {', '.join(summary.left)}. If they are new, name them in "
             "trainable_modules; if they are meant to be frozen, requires_grad_(False) before the fit says so."
         )
+    if said := never_moved(pl_module):
+        rank_zero_warn(said)
     _warn_of_evaluation_mode(pl_module, config)
     widest = max(max(layer.m, layer.n) for layer in summary.layers)
     if config.rank > USEFUL * widest:

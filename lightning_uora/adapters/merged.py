@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +98,34 @@ def _require_plain_wanted(model: nn.Module, path: str, module: nn.Module, dequan
 
 
 def exchange(model: nn.Module, pairs: list[tuple[nn.Module, nn.Linear]]) -> None:
-    """Put plain layers in the places of quantised ones."""
+    """Put plain layers in the places of quantised ones; transformers is told, see Note [Half quantised]."""
     places = {id(old): new for old, new in pairs}
     for module in list(model.modules()) if pairs else ():
         for name, child in module._modules.items():
             if id(child) in places:
                 module._modules[name] = places[id(child)]
+    for module in list(model.modules()) if pairs else ():
+        if getattr(module, "hf_quantizer", None) is not None:
+            _tell_transformers(module)
+
+
+# Note [Half quantised]
+# What transformers saves of a quantised model it reads back by the model's quantization_config: layers that
+# are plain by now would be made quantised and never filled. So the configuration goes with the last quantised
+# layer, and names the plain ones as long as some are left.
+
+
+def _tell_transformers(model: Any) -> None:
+    config = model.config.quantization_config
+    named = list(model.named_modules())
+    if any(is_opaque(module) for _, module in named):
+        field = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+        setattr(config, field, [name for name, module in named if isinstance(module, nn.Linear)])
+        return
+    model.hf_quantizer.remove_quantization_config(model)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, flag):
+            setattr(model, flag, False)
 
 
 def updates_on(found: list[Attachment]) -> Updates:

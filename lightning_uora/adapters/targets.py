@@ -83,13 +83,19 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
     chosen -= there
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)
-    new = dict.fromkeys(own.heads + own.others) if config.trainable_modules else {}
+    new = dict.fromkeys([*_free_heads(model, modules), *own.heads, *own.others])
+    new = new if config.trainable_modules else {}
     left = [name for name in new if not _touched(name, (*adapted, *trained)) and name not in excluded]
     said = [
         *tied_beyond(model, trained),
         *passed_by(modules, adapted, (*trained, *excluded, *frozen), targets),
     ]
     return Selection(adapted, trained, tuple(left), frozen, tuple(said))
+
+
+def _free_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Task heads that the user did not freeze."""
+    return [n for n in find_heads(model) if any(p.requires_grad for p in modules[n].parameters())]
 
 
 def trained_as_they_are(model: nn.Module, config: UORAConfig) -> tuple[str, ...]:
@@ -137,7 +143,7 @@ def _matches(
         found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     if not found:
         what = "module or parameter" if parameters else "module"
-        raise ValueError(f"{field}={pattern!r} matches no {what}.{near_misses(modules, names, pattern)}")
+        raise ValueError(f"{field}={pattern!r} matches no {what}.{near_misses(modules, names, pattern, field)}")
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_uora.adapters.kinds import CONVOLUTIONS, SUPPORTED, is_supported
+from lightning_uora.adapters.roles import find_heads
 from lightning_uora.config import PRESETS
 
 __all__ = ["near_misses", "nothing_found", "nothing_inside"]
@@ -18,23 +19,25 @@ SHOWN = 3
 """Names that a message spells out."""
 
 
-def near_misses(modules: dict[str, nn.Module], names: Sequence[str], pattern: str) -> str:
+def near_misses(modules: dict[str, nn.Module], names: Sequence[str], pattern: str, field: str) -> str:
     """What ``pattern``, which matches nothing, may have meant, as a sentence with a space before it."""
     if pattern.startswith("re:"):
         return _near_misses_in_full(names, pattern[3:])
     bare = [name for name, _ in modules[""].named_parameters() if f".{name}".endswith(f".{pattern}")]
     if bare:
         return f" It names a parameter, {bare[0]!r}, and UORA adapts whole layers: {SUPPORTED}."
+    heads = find_heads(modules[""]) if field == "trainable_modules" else ()
+    head = f" The head here is {_quoted(heads)}." if heads else ""
     depth = pattern.count(".") + 1
     endings = {".".join(name.split(".")[-depth:]): name for name in modules if name}
     near = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=SHOWN, cutoff=0.5)
     if near:
-        return f" Near misses: {_quoted(near)}."
+        return f"{head} Near misses: {_quoted(near)}."
     ends = sorted(
         {name.rsplit(".", 1)[-1] for name, module in modules.items() if name and is_supported(module)}
     )
     known = ", ".join(ends[:20]) or "none"
-    return f" Names that can be adapted end in: {known}; presets are {', '.join(PRESETS)}."
+    return head or f" Names that can be adapted end in: {known}; presets are {', '.join(PRESETS)}."
 
 
 def _near_misses_in_full(names: Sequence[str], expression: str) -> str:

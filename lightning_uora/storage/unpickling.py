@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import sys
@@ -41,10 +42,17 @@ def unpickled(path: str | Path, weights_only: bool = True) -> Any:
             raise ValueError(_refusal(path, others))
         try:
             return torch.load(path, map_location="cpu", weights_only=weights_only)
-        except OSError:
-            raise
+        except OSError as error:
+            if not _is_cut(error):
+                raise
+            raise ValueError(f"{path} is damaged or not a checkpoint: {_why(path, error)}") from error
         except Exception as error:  # torch's unpickler fails on garbage in any way it can
             raise ValueError(f"{path} is damaged or not a checkpoint: {_why(path, error)}") from error
+
+
+def _is_cut(error: OSError) -> bool:
+    """Of a file that ends too early torch says "[Errno 22] Invalid argument" and no name."""
+    return error.errno == errno.EINVAL and error.filename is None
 
 
 def _why(path: str | Path, error: Exception) -> str:
@@ -74,8 +82,10 @@ def _named_in(file: str | Path | io.BytesIO) -> list[str]:
     """What torch would refuse to make; nothing where the file is no archive: torch.load says more of it."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(file))
-    except OSError:
-        raise
+    except OSError as error:
+        if not _is_cut(error):
+            raise
+        return []
     except Exception:  # garbage
         return []
     finally:

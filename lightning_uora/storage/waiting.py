@@ -96,7 +96,7 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The checkpoint's computing adapter has another name; a waiting one another configuration.
     """
-    name, root = manifest.get("adapter", one.owner.name), one.root
+    name, root = manifest.get("adapter", "default"), one.root
     if name != one.owner.name:
         raise ValueError(
             f"adapter {name!r} computes in the checkpoint, and {one.owner.name!r} here; call set_adapter, or "

@@ -63,7 +63,9 @@ def auto_rate(steps: int | None, layers: int = FEW_LAYERS, gentle: bool = False)
 
 
 def _steps(trainer: Trainer) -> int | None:
-    trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does: how long is the run?
+    # As trainer.estimated_stepping_batches does. Never on a resume, where rates are the checkpoint's: Lightning
+    # gives a DataLoader its saved state when it sets it up, and this would be before the state is read.
+    trainer.fit_loop.setup_data()
     return total_steps(trainer)
 
 
@@ -101,7 +103,7 @@ def set_vector_rates(
     optimizers = [one for one in trainer.strategy.optimizers if type(one).__name__ != "_MockOptimizer"]
     configs = trainer.strategy.lr_scheduler_configs
     schedulers = [config.scheduler for config in configs]
-    steps = _steps(trainer) if vector_lr == "auto" else None
+    steps = _steps(trainer) if vector_lr == "auto" and saved is None else None
     ends = {id(one.scheduler): _times(one, steps, trainer.max_epochs) for one in configs}
     layers = sum(len(one.layers) for one in mine)
     known = {id(group) for one in optimizers for group in one.param_groups}

@@ -45,7 +45,8 @@ class Refreshing:
         for refresher, saved in zip(refreshers, self._saved or (), strict=False):
             refresher.load_state(saved)
         self._places, self._saved = list(zip(mine, refreshers, strict=True)), None
-        if not due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        chosen = schedule != ReinitSchedule()  # the default's four refreshes are nobody's wish
+        if not due and chosen and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"reinit never refreshes in this run of {total_steps(trainer)} steps: its window, from "
                 f"start={schedule.start} to stop={schedule.stop} (fractions of the run; integers are steps), "

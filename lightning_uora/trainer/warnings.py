@@ -44,6 +44,12 @@ def _warn_of_evaluation_mode(pl_module: LightningModule, config: UORAConfig) -> 
     adapters = [module for _, module in named_adapters(pl_module)]
     if any(module.training for module in adapters):
         return
+    asked = [m for m in pl_module.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
+    if asked:
+        rank_zero_warn(
+            "Gradient checkpointing does nothing: the model is in evaluation mode, as from_pretrained leaves it; "
+            "call train() on the model before fitting."
+        )
     idle = [m for m in pl_module.modules() if isinstance(m, nn.Dropout) and m.p and not m.training]
     if config.dropout:
         rank_zero_warn(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ from lightning_uora.storage.peft_names import (
     topmost,
     version_fact,
 )
-from lightning_uora.storage.peft_rules import require_placed
+from lightning_uora.storage.peft_rules import require_placed, require_placed_in
 from lightning_uora.storage.restoring import require_finite
 from lightning_uora.storage.weight_readers import weight_reader
 
@@ -149,6 +150,7 @@ def write_peft(
     about: dict[str, object] | None = None,
     mixture: bool = False,
     model: nn.Module | None = None,
+    families: Iterable[str] = (),
 ) -> Loss | None:
     """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on.
 
@@ -165,6 +167,7 @@ def write_peft(
         about: What the configuration tells of the model: ``task_type`` and ``auto_mapping``.
         mixture: Whether the model has experts, adapted or not, see Note [Dense layers beside experts].
         model: The adapted model, for which PEFT is asked where it would put the adapters.
+        families: Without it, what transformers calls the models in it.
 
     Returns:
         What ``max_rank`` loses; None without it.
@@ -201,6 +204,8 @@ def write_peft(
     }
     if model is not None:
         require_placed(model, adapters, tensors, config)
+    else:
+        require_placed_in(families, tensors, config)
     tensors |= {f"base_model.model.{name}": value for name, value in trained.items()}
     write_folder(
         directory, "adapter_model.safetensors", _apart(tensors), "adapter_config.json", lambda _: config

@@ -147,7 +147,7 @@ def _reread(model: nn.Module, settings: Any, tensors: dict[str, Tensor]) -> dict
         found = rules.convert_peft_adapter_state_dict_for_transformers(model, settings, tensors)
     except (ValueError, RuntimeError) as error:
         said = str(error).splitlines()[0]
-        raise ValueError(f"PEFT would not load this export ({said}); {USE_MERGE}.") from error
+        raise ValueError(f"PEFT would not load this export: {said}; {USE_MERGE}.") from error
     return dict(found)
 
 

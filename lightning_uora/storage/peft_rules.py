@@ -101,8 +101,9 @@ def _moved(rules: Any, family: str, config: Mapping[str, Any]) -> str | None:
         return None
     with suppress(ValueError):  # what it will not load it changed too
         rules.convert_peft_config_for_transformers(after, model=model, conversions=None)
-        return min(before.target_modules - set(after.target_modules), default=None)
-    return min(before.target_modules)
+        moved: set[str] = before.target_modules - set(after.target_modules)
+        return min(moved, default=None)
+    return str(min(before.target_modules))
 
 
 def _renamed(rules: Any, family: str, tensors: Mapping[str, Tensor]) -> str | None:
@@ -130,9 +131,8 @@ def _conversion() -> Any:
 
 def _settings(config: Mapping[str, Any]) -> Any:
     """A configuration of PEFT as it is read from the file."""
-    from peft import PeftConfig
-
-    return PeftConfig.from_peft_type(**copy.deepcopy(dict(config)))
+    known: Any = importlib.import_module("peft").PeftConfig
+    return known.from_peft_type(**copy.deepcopy(dict(config)))
 
 
 def _reread(model: nn.Module, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,7 +183,9 @@ def _require_allowed(model: nn.Module, wanted: list[str], settings: Any) -> None
     from peft.tuners import tuners_utils
 
     allowed = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
-    for name in wanted if allowed else ():
+    if allowed is None:
+        return
+    for name in wanted:
         try:
             allowed(settings, model, name.rpartition(".")[2])
         except ValueError as error:

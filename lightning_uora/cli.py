@@ -313,7 +313,7 @@ def _export(chosen: argparse.Namespace) -> None:
     if len(several := manifests_of(manifest)) > 1:
         manifest = _one_of(several, chosen.submodule)
         chosen.submodule = ""  # its names begin there
-    several = [manifest]
+    several, families = [manifest], manifest.get("families", [])
     (manifest,), tensors = _chosen_adapter(several, tensors, chosen.adapter)
     inner = tensors_of_root(manifest, tensors)
     model = skeleton(manifest, inner)
@@ -344,6 +344,7 @@ def _export(chosen: argparse.Namespace) -> None:
         chosen.max_rank,
         known_targets(plain_targets, {name.rpartition(".")[0] for name in known} | set(parameters)),
         mixture=mixture,
+        families=families,
     )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if loss is not None:

@@ -32,6 +32,7 @@ INSIDE = {
     ),
     "storage": (
         ("merging", "peft", "bank"),
+        ("peft_rules",),
         ("adapter_files", "checkpoint", "peft_formats", "peft_names"),
         ("several_roots",),
         ("placing", "low_rank", "waiting"),

@@ -131,6 +131,8 @@ def _check_content(manifest: dict[str, Any]) -> None:
     for name in (*manifest["adapted"], *manifest["trained"], *manifest["layers"]):
         _need((isinstance(name, str) and all(name.split("."))) or name == "", f"the name {name!r}")
     _need(sorted(manifest["adapted"]) == sorted(manifest["layers"]), "the list of adapted modules")
+    families = manifest.get("families", [])
+    _need(isinstance(families, list) and all(isinstance(one, str) for one in families), "the families")
     for name, layer in manifest["layers"].items():
         _need(isinstance(layer["kind"], str), f"the kind of {name!r}")
         flags = isinstance(layer["product"], bool) and isinstance(layer["direct"], bool)

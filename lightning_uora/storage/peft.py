@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from lightning_uora.storage.peft_names import (
     topmost,
     version_fact,
 )
+from lightning_uora.storage.peft_rules import require_placed, require_placed_in
 from lightning_uora.storage.restoring import require_finite
 from lightning_uora.storage.weight_readers import weight_reader
 
@@ -78,8 +80,9 @@ def export_peft(
         name: Of an adapter; None: the one that computes.
 
     Raises:
-        ValueError: The model is not adapted or not calibrated, or holds what the format cannot say exactly;
-            the module is named, and what to do instead. ``max_rank`` is not a positive number, or is given
+        ValueError: The model is not adapted or not calibrated, holds what the format cannot say exactly, or
+            has a module that the PEFT installed here would not find again by its name; the module is named,
+            and what to do instead. ``max_rank`` is not a positive number, or is given
             for ``"vera"``.
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
@@ -127,6 +130,7 @@ def _export(
         ),
         model_facts(model, task),
         mixture,
+        model,
     )
     if loss is not None and loss.worst > NOTABLE:
         warnings.warn(str(loss), stacklevel=3)
@@ -146,6 +150,8 @@ def write_peft(
     targets: list[str] | str | None = None,
     about: dict[str, object] | None = None,
     mixture: bool = False,
+    model: nn.Module | None = None,
+    families: Iterable[str] = (),
 ) -> Loss | None:
     """Write adapters, of a model or of a skeleton, with the facts of the layers that they were trained on.
 
@@ -161,6 +167,8 @@ def write_peft(
         targets: PEFT's ``target_modules``; None: from the names that are known here.
         about: What the configuration tells of the model: ``task_type`` and ``auto_mapping``.
         mixture: Whether the model has experts, adapted or not, see Note [Dense layers beside experts].
+        model: The adapted model, for which PEFT is asked where it would put the adapters.
+        families: Without it, what transformers calls the models in it.
 
     Returns:
         What ``max_rank`` loses; None without it.
@@ -195,6 +203,10 @@ def write_peft(
         **({"target_parameters": list(parameters.values())} if parameters else {}),
         **settings,
     }
+    if model is not None:
+        require_placed(model, adapters, tensors, config)
+    else:
+        require_placed_in(families, tensors, config)
     tensors |= {f"base_model.model.{name}": value for name, value in trained.items()}
     write_folder(
         directory, "adapter_model.safetensors", _apart(tensors), "adapter_config.json", lambda _: config

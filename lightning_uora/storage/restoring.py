@@ -58,7 +58,16 @@ def describe(one: Attachment, base: bool = True) -> dict[str, Any]:
     _require_whole(one, layers)
     known = {name: facts(module) for name, module in layers.items()}
     manifest = told(one.owner, known, list(trained_names(one.root)))
+    if found := _families(one.root):
+        manifest["families"] = found
     return manifest | ({"base": _base_prints(one)} if base else {})
+
+
+def _families(model: nn.Module) -> list[str]:
+    """What transformers calls the models in it: an export from a file asks PEFT by these names."""
+    models = (module for module in model.modules() if hasattr(module, "base_model_prefix"))
+    kinds = (getattr(getattr(module, "config", None), "model_type", None) for module in models)
+    return sorted({kind for kind in kinds if isinstance(kind, str) and kind})
 
 
 def told(owner: Projections, layers: dict[str, Any], trained: list[str]) -> dict[str, Any]:

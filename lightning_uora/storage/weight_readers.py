@@ -21,6 +21,9 @@ __all__ = ["weight_reader"]
 SET_UP = ("init", "reset", "set", "tie", "extra_repr", "load", "save", "state_dict", "merge", "fuse")
 """What the names of methods begin with, underscores left out, that compute nothing."""
 
+QUANTISED = "_is_quantized"
+"""What transformers sets in the configuration of a model that it has quantised; Jamba looks for it."""
+
 
 def weight_reader(model: nn.Module, name: str) -> tuple[str, bool] | None:
     """Which method of the holder of module ``name`` reads its weight, and whether the module is called too.
@@ -34,7 +37,8 @@ def weight_reader(model: nn.Module, name: str) -> tuple[str, bool] | None:
     for cls in classes:
         for method, read in _uses(cls, _weights_in):
             if read == leaf:
-                called = any(leaf == other for one in classes for _, other in _uses(one, _calls_in))
+                calls = _calls_in if _is_quantised(model) else _plain_calls_in
+                called = any(leaf == other for one in classes for _, other in _uses(one, calls))
                 return f"{cls.__name__}.{method}", called
     return None
 
@@ -57,11 +61,35 @@ def _tree(method: Callable[..., object]) -> ast.AST:
         return ast.Module([], [])
 
 
+def _is_quantised(model: nn.Module) -> bool:
+    """Whether transformers quantised the model, which then says so."""
+    return hasattr(getattr(model, "config", None), QUANTISED)
+
+
 def _calls_in(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
-        of = node.func if isinstance(node, ast.Call) else None
-        if isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == "self":
-            yield of.attr
+        yield from _called(node)
+
+
+def _called(node: ast.AST) -> Iterator[str]:
+    of = node.func if isinstance(node, ast.Call) else None
+    if isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == "self":
+        yield of.attr
+
+
+def _plain_calls_in(tree: ast.AST) -> Iterator[str]:
+    """Calls but for those that a model makes only after transformers has quantised it."""
+    quantised = (
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and QUANTISED in ast.unparse(node.test)
+        for branch in node.body
+        for inner in ast.walk(branch)
+    )
+    aside = {id(node) for node in quantised}
+    for node in ast.walk(tree):
+        if id(node) not in aside:
+            yield from _called(node)
 
 
 def _weights_in(tree: ast.AST) -> Iterator[str]:

@@ -539,3 +539,27 @@ def test_a_module_that_is_called_is_exported_without_a_word(tmp_path):
     model = nn.Sequential(Reader())
     attach_uora(model, UORAConfig(2, ["plain"], trainable_modules=()))
     export_peft(model, tmp_path)
+
+
+class Hacked(nn.Module):
+    """Calls its Linear only where transformers has quantised the model, as Jamba does."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.read = transformers.PretrainedConfig(), nn.Linear(5, 5, bias=False)
+
+    def forward(self, x):
+        if hasattr(self.config, "_is_quantized"):
+            return self.read(x)
+        return x @ self.read.weight.t()
+
+
+def test_a_weight_that_is_called_only_when_quantised_is_read(tmp_path):
+    model = nn.Sequential(Hacked())
+    attach_uora(model, UORAConfig(2, ["read"], trainable_modules=()))
+    with pytest.raises(ValueError, match=r"Hacked.forward reads the weight of '0.read' without calling"):
+        export_peft(model, tmp_path / "plain")
+    model.config = model[0].config
+    model.config._is_quantized = True
+    with pytest.warns(UserWarning, match=r"Hacked.forward may read the weight of '0.read'"):
+        export_peft(model, tmp_path / "quantised")

@@ -1,45 +1,95 @@
-"""What a command line of Lightning's refuses, in one line: jsonargparse buries it in a traceback."""
+"""What a command line of Lightning's refuses, in one line: jsonargparse buries it in lists and tracebacks."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 __all__ = ["one_line_errors", "reason"]
 
 # Note [Refused values from YAML]
 # jsonargparse tries every type that an argument may have, catches whatever a class raises, and raises a list
-# of what each type said, with all values. No exception of ours gets past that, and types checked when the
-# YAML is parsed (PositiveInt) give the same list and know nothing of two values that do not go together.
+# of what each type said, with all values; or prints all options of the program, and then that list. No
+# exception of ours gets past that. What the deepest class in the list said is what the user wants to know.
 
-UNION = "Does not validate"
-ITS_OWN = (UNION, "Expected a", "Not a valid", "a class path", "a dict ")
+UNION, WITHIN, KEY = "Does not validate", "Problem with given class_path", "Parser key"
+ITS_OWN = (UNION, WITHIN, "Expected a", "Not a valid", "a class path", "a dict ")
 """How the lines begin that jsonargparse writes about the types that a value might have had."""
+LONGEST = 400
 
 
 def reason(message: str) -> str:
-    """What a callback, a model or data said, out of jsonargparse's list; the message where there is none."""
-    said = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
-    return next((line for line in said if not line.startswith(ITS_OWN)), message)
+    """What was wrong, out of jsonargparse's list; the message in one line where it is no such list."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    said = [line[2:] for line in lines if line.startswith("- ") and not line[2:].startswith(ITS_OWN)]
+    if said:
+        return said[0]
+    deepest = [number for number, line in enumerate(lines) if line.lstrip("- ").startswith(WITHIN)]
+    if not deepest:
+        whole = " ".join(lines)
+        return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]} ..."
+    place, rest = lines[deepest[-1]], lines[deepest[-1] + 1 :]
+    end = next((n for n, line in enumerate(rest) if line.startswith(("- ", "Given value"))), len(rest))
+    keys = [line.split('"')[1] for line in rest[:end] if line.startswith(KEY)]
+    told = [line for line in rest[:end] if not line.startswith((KEY, UNION, "Errors:"))]
+    if told and told[0].startswith("Subtypes:"):
+        given = next((line for line in rest if line.startswith("Given value:")), "")
+        told = [f"none of {told[0].removeprefix('Subtypes: ')}. {given}"]
+    where = re.search(r"'([^']+)'", place)
+    return ": ".join([*([where[1]] if where else []), *keys, " ".join(told)])
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around ``LightningCLI(...)``: a value that a class refuses is one line, and exit code 2.
+    """Around ``LightningCLI(...)``: what YAML or flags have wrong is one line, and exit code 2.
 
-    What is raised later, in training say, goes through as it is. See Note [Refused values from YAML].
+    That is a name or a value that jsonargparse or a class refuses, and what this package refuses of a model
+    (targets that match nothing). What else is raised, in training say, goes through as it is. See Note
+    [Refused values from YAML].
 
     Example::
 
         with one_line_errors():
             LightningCLI(MyModule, MyData)
     """
+    from jsonargparse import ArgumentParser
+
+    def error(parser: Any, message: str, ex: Exception | None = None) -> NoReturn:
+        raise _RefusedError(message) from ex
+
+    usual, ArgumentParser.error = ArgumentParser.error, error
     try:
         yield
-    except ValueError as error:
-        message = str(error)
-        if UNION not in message or reason(message) == message:
+    except _RefusedError as refused:
+        _leave(f"{reason(str(refused))} (--help tells what there is)")
+    except (ValueError, MisconfigurationException) as raised:
+        message = str(raised)
+        if UNION in message and reason(message) != message:
+            _leave(reason(message))
+        if not _is_ours(raised):
             raise
-        sys.stderr.write(f"error: {reason(message)}\n")
-        sys.exit(2)
+        _leave(" ".join(message.split()))
+    finally:
+        ArgumentParser.error = usual
+
+
+class _RefusedError(Exception):
+    """What jsonargparse would have printed below all options of the program."""
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning_uora.")
+
+
+def _leave(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)

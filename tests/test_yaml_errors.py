@@ -42,7 +42,25 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "said"), REFUSED)
+CALLBACK = "lightning_uora.UORACallback"
+PARSED = [
+    ({"rank": "sixteen"}, f"{CALLBACK}: rank: Expected a <class 'int'>. Got value: sixteen"),
+    ({"rnk": 4}, f"{CALLBACK}: Option 'rnk' is not accepted"),
+    ({"init": "input"}, f"{CALLBACK}: init: Expected a typing.Literal['orthogonal',"),
+    ({"vector_lr": "fast"}, f"{CALLBACK}: vector_lr: none of [<class 'float'>, typing.Literal['auto'],"),
+    ({"reinit": {"treshold": 0.1}}, "lightning_uora.ReinitSchedule: Option 'treshold' is not accepted"),
+    (
+        {"reinit": {"threshold": "high"}},
+        "lightning_uora.ReinitSchedule: threshold: Expected a <class 'float'>",
+    ),
+]
+OF_MODELS = [
+    ({"target_modules": "boby.0"}, "target_modules='boby.0' matches no module."),
+    ({"trainable_modules": "haed"}, "trainable_modules='haed' matches no module or parameter."),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED + PARSED + OF_MODELS)
 def test_a_refused_value_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, options, said):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, tmp_path, Module, **options)

@@ -6,7 +6,7 @@
     python examples/cli/main.py fit --trainer.callbacks.help=lightning_uora.UORACallback
     python examples/cli/main.py fit --config examples/cli/vision.yaml --print_config
 
-The bundled data of the examples, on two CPU cores: vision a minute, text five. A ``test`` of the checkpoint:
+The bundled data of the examples, on two CPU cores: vision a minute, text two and a half. A ``test`` of the checkpoint:
 ``python examples/cli/main.py test --config ... --ckpt_path ...``; expected ``score`` as in the examples.
 """
 
@@ -19,28 +19,28 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bundled import one_line_errors
+import bundled
 
-from lightning_uora.yaml_errors import reason
+from lightning_uora.yaml_errors import one_line_errors
 
 
-class OneLineCLI(LightningCLI):
-    """LightningCLI that says in one line why a model, data or a callback could not be made."""
+class ExampleCLI(LightningCLI):
+    """LightningCLI that says in one line what the examples' modules and data lack."""
 
     def instantiate_classes(self) -> None:
-        with one_line_errors():
-            try:
-                super().instantiate_classes()
-            except ValueError as error:
-                raise ValueError(reason(str(error))) from error
+        try:
+            super().instantiate_classes()
+        except (bundled.BadInputError, OSError, ImportError) as error:
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":
-    OneLineCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
+    with one_line_errors():
+        ExampleCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+        )

@@ -119,7 +119,9 @@ def _tell_transformers(model: Any) -> None:
     config = model.config.quantization_config
     named = list(model.named_modules())
     if any(is_opaque(module) for _, module in named):
-        field = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+        field = (
+            "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+        )
         setattr(config, field, [name for name, module in named if isinstance(module, nn.Linear)])
         return
     model.hf_quantizer.remove_quantization_config(model)

@@ -143,7 +143,9 @@ def _matches(
         found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     if not found:
         what = "module or parameter" if parameters else "module"
-        raise ValueError(f"{field}={pattern!r} matches no {what}.{near_misses(modules, names, pattern, field)}")
+        raise ValueError(
+            f"{field}={pattern!r} matches no {what}.{near_misses(modules, names, pattern, field)}"
+        )
     return found
 
 

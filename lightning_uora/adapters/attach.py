@@ -74,7 +74,7 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
         Names of the adapted modules, in model order, without what ``torch.compile`` and other wrappers add.
 
     Raises:
-        ValueError: The model is adapted already; targets match nothing (near misses are named), cannot be
+        ValueError: The model is already adapted; targets match nothing (near misses are named), cannot be
             adapted, or hold non-finite weights.
 
     Example:
@@ -89,7 +89,7 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     """
     if is_adapted(model):
         raise ValueError(
-            "model is adapted already; call detach_uora(model) first, or keep the adapters it has."
+            "model is already adapted; call detach_uora(model) first, or keep the adapters it has."
         )
     return attach_beside(model, config)
 
@@ -180,16 +180,24 @@ def detach_uora(
     found = require_attachments(model, "detach_uora")
     if is_sharded(model):
         raise ValueError(
-            "model is sharded, and its shards know its adapters; save a checkpoint and detach where "
-            "load_from_checkpoint brings it back whole, or merge the file with `uora merge`."
+            "model is sharded, and a sharded model cannot be detached; save a checkpoint, then "
+            "detach the module that load_from_checkpoint returns, or merge the file with `uora "
+            "merge`."
         )
     if dequantize and not merge:
-        raise ValueError("dequantize=True is for merge=True: without it the layers stay as they were.")
+        raise ValueError(
+            "dequantize=True needs merge=True; without merging, quantised layers stay quantised."
+        )
     _refuse_in_a_mixed_batch(found, "detach_uora")
     if not (name is None or isinstance(name, (str, Mapping))):
-        raise ValueError(f"name={name!r} is not allowed; it is one adapter's name, or weights by name.")
+        raise ValueError(
+            f"name={name!r} is not allowed; name must be an adapter's name, or a mapping from names "
+            "to weights."
+        )
     if isinstance(name, Mapping) and not merge:
-        raise ValueError("a mapping of names is for merge=True; without it name is one adapter's, or None.")
+        raise ValueError(
+            "name can be a mapping only with merge=True; without it, give one adapter's name or None."
+        )
     plain: list[tuple[nn.Module, nn.Linear]] = []
     before = found[0].owner.name
     try:
@@ -214,7 +222,10 @@ def detach_uora(
 
 def _refuse_in_a_mixed_batch(found: list[Attachment], action: str) -> None:
     if any(one.owner.mixing for one in found):
-        raise ValueError(f"{action} inside of use_adapters would change the batch that runs; leave it first.")
+        raise ValueError(
+            f"{action} inside use_adapters would change the batch that is running; leave the `with` "
+            "block first."
+        )
 
 
 def _detach(one: Attachment) -> None:
@@ -312,7 +323,9 @@ def param_groups(
     if weight_decay is not None:
         groups[0]["weight_decay"] = weight_decay
     if not trained:
-        raise ValueError("no parameter of the model trains; call attach_uora or name trainable_modules.")
+        raise ValueError(
+            "no parameter of the model trains; call attach_uora first, or unfreeze what should train."
+        )
     return [group for group in groups if group["params"]]
 
 

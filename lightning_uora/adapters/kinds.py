@@ -109,7 +109,7 @@ def unsupported(name: str, module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, as a sentence that names it; None when it can."""
     kind = type(module).__name__
     if hasattr(module, "uora_d"):
-        return f"module {name!r} is adapted already; call detach_uora first."
+        return f"module {name!r} is already adapted; call detach_uora first."
     if not is_supported(module):
         return f"module {name!r} is a {kind}; UORA adapts {SUPPORTED}. Choose other target_modules."
     if torch.nn.utils.parametrize.is_parametrized(module):

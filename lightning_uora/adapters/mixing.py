@@ -119,7 +119,9 @@ def _as_list(names: Any) -> list[str | None]:
     if isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping)):
         given = list(names)
     if not given or not all(name is None or isinstance(name, str) for name in given):
-        raise ValueError("names is one name for each sample of the batch, such as ['one', None, 'two'].")
+        raise ValueError(
+            "names must be a list of one name for each sample of the batch, such as ['one', None, 'two']."
+        )
     return given
 
 
@@ -134,8 +136,8 @@ def _require_batch_first(root: nn.Module, paths: Iterable[str]) -> None:
             one.startswith(prefix) for one in chosen
         ):
             raise ValueError(
-                f"{type(module).__name__} {path!r} is not batch first, and what it is part of cannot be "
-                "mixed in a batch; set its adapters one after the other."
+                f"{type(module).__name__} {path!r} is not batch first, so a batch that it sees cannot mix "
+                "adapters; build it with batch_first=True, or give use_adapters one name at a time."
             )
 
 

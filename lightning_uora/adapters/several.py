@@ -108,14 +108,18 @@ def undo(one: Attachment) -> None:
 def require_name(name: object) -> None:
     """Raise ``ValueError`` for what cannot be the name of an adapter."""
     if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name={name!r} is not allowed: an adapter's name has no dot and is not empty.")
+        raise ValueError(
+            f"name={name!r} is not allowed; an adapter's name must not be empty or contain a dot."
+        )
 
 
 def require_free(model: nn.Module, name: str) -> None:
     """Raise ``ValueError`` where a name cannot be that of one more adapter."""
     require_name(name)
     if name in adapter_names(model):
-        raise ValueError(f"an adapter {name!r} is there already; remove it first, or choose another name.")
+        raise ValueError(
+            f"the model already has an adapter {name!r}; remove it first, or choose another name."
+        )
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -152,7 +156,9 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     one = the_only(model, "remove_adapter")
     require_known(model, name)
     if one.owner.name == name:
-        raise ValueError(f"{name!r} is the adapter in use; set_adapter another one first, or detach_uora.")
+        raise ValueError(
+            f"{name!r} is the active adapter; call set_adapter with another name first, or detach_uora."
+        )
     shelf = shelf_of(one)
     del shelf._modules[name]
     shelf.order.remove(name)

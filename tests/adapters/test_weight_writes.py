@@ -110,7 +110,7 @@ def test_what_cannot_be_a_weight_is_refused_and_nothing_changes():
     with torch.no_grad():
         before = root(x)
     with pytest.raises(
-        ValueError, match=r"another nn.Parameter of its shape \(5, 7\), not a Parameter of shape"
+        ValueError, match=r"an nn.Parameter of its shape \(5, 7\), not to a Parameter of shape"
     ):
         layer.weight = nn.Parameter(torch.zeros(6, 7))
     with pytest.raises(ValueError, match="detach_uora"):
@@ -163,9 +163,7 @@ def test_parametrising_and_pruning_are_refused_in_a_line_and_the_module_is_intac
     root, layer = adapted(lambda: nn.Linear(7, 5), training)
     x, keys = torch.randn(3, 7), list(root.state_dict())
     expected = root(x)
-    with pytest.raises(
-        ValueError, match=r"cannot be parametrised, pruned or removed: call detach_uora\(model"
-    ):
+    with pytest.raises(ValueError, match=r"parametrised, pruned or removed; call detach_uora\(model"):
         CHANGES[change](layer)
     assert torch.equal(root(x), expected)
     assert list(root.state_dict()) == keys

@@ -187,7 +187,7 @@ def test_experts_that_a_preset_passes_by_are_named(target):
     for module in stacks:  # as a quantiser would leave them
         module.gate_up_proj = nn.Parameter(module.gate_up_proj.to(torch.int8), requires_grad=False)
     with pytest.warns(
-        UserWarning, match=r"passes by 'model.layers.\*.mlp.experts.gate_up_proj'.*% of the weights"
+        UserWarning, match=r"does not adapt 'model.layers.\*.mlp.experts.gate_up_proj'.*% of the weights"
     ):
         names = attach_uora(model, UORAConfig(rank=4, target_modules=target))
     assert "model.layers.1.mlp.experts.down_proj" in names

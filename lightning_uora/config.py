@@ -147,7 +147,9 @@ class ReinitSchedule:
         require_number("threshold", self.threshold)
         require_choice("threshold_mode", self.threshold_mode, ("relative", "absolute", "fraction"))
         if self.threshold < 0 or (self.threshold_mode == "fraction" and self.threshold > 1):
-            raise invalid("threshold", self.threshold, "at least 0, and at most 1 as a fraction")
+            raise invalid(
+                "threshold", self.threshold, "at least 0, and at most 1 with threshold_mode='fraction'"
+            )
         for name in ("max_fraction", "interpolation"):
             require_number(name, getattr(self, name))
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -159,7 +161,7 @@ class ReinitSchedule:
         vectors = _patterns("vectors", self.vectors)
         object.__setattr__(self, "vectors", (vectors,) if isinstance(vectors, str) else vectors)
         if not self.vectors or not set(self.vectors) <= {"d", "b"}:
-            raise invalid("vectors", self.vectors, "a choice of 'd' and 'b'")
+            raise invalid("vectors", self.vectors, "'d', 'b' or both")
         for name in ("reset_optimizer_state", "preserve_function"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "true or false")
@@ -191,9 +193,9 @@ class ReinitSchedule:
             return moment
         if total is None:
             raise ValueError(
-                f"{name}={moment} is a fraction of the run, which has no end that is known (max_steps and "
-                "max_epochs are unlimited, or the data has no length): give start and stop as integers, in "
-                "optimizer steps, or set max_steps or limit_train_batches, or reinit=None."
+                f"{name}={moment} is a fraction of the run, whose length is not known (max_steps and "
+                "max_epochs are unlimited, or the data has no length); give start and stop as integers "
+                "(optimizer steps), set max_steps or limit_train_batches, or use reinit=None."
             )
         return round(moment * total)
 

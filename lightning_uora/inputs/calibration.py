@@ -134,6 +134,6 @@ def _require_uncalibrated(owner: Projections) -> None:
         raise ValueError(f"calibrate needs init='inputs'; the model has init={owner.config.init!r}.")
     if owner.calibrated:
         raise ValueError(
-            "the model is calibrated already; another A would change what its vectors mean. Call detach_uora "
+            "the model is already calibrated; another A would change what its vectors mean. Call detach_uora "
             "and attach_uora to start again."
         )

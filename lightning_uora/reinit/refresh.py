@@ -192,7 +192,11 @@ def _check(one: Attachment, schedule: ReinitSchedule, step: int) -> None:
 def _require_readable(one: Attachment) -> None:
     for name, layer in one.layers:
         if isinstance(layer, (AdaptedAround, AdaptedExperts)):
-            what = "is quantised" if isinstance(layer, AdaptedAround) else "holds experts, never built whole"
+            what = (
+                "is quantised"
+                if isinstance(layer, AdaptedAround)
+                else "holds experts, whose weight is never built whole"
+            )
             raise ValueError(
                 f"growth='gradient' needs the gradient of the weight, and module {name!r} {what}; use "
                 "growth='random'."

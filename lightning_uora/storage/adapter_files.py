@@ -217,7 +217,7 @@ def load_adapter(
         return _load(model, manifest, tensors, base_mismatch, head, name)
     if name in adapter_names(model):
         raise ValueError(
-            f"model is adapted already, by {name!r}; give this adapter another name=, remove that one, or "
+            f"model is already adapted, by {name!r}; give this adapter another name=, remove that one, or "
             "call detach_uora(model) first."
         )
     require_free(model, name)
@@ -246,7 +246,9 @@ def load_onto_base(model: nn.Module, directory: str | Path, base_mismatch: Misma
         return
     manifest, tensors = read(directory)
     if len(manifests_of(manifest)) > 1:
-        raise ValueError("the folder holds several adapted models, and a bank's adapters are of one.")
+        raise ValueError(
+            "the folder holds several adapted models, but a bank serves only one; load it with load_adapter."
+        )
     place = place_of(unwrapped(model), manifest, tensors, True, base_mismatch == "warn")
     first = manifest["adapted"][0].removeprefix(place.without)
     nothing = UORAConfig(rank=1, target_modules=(first,), trainable_modules=())
@@ -323,7 +325,7 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {name}: it is not an adapter folder, or not a whole one."
+                f"{folder} holds no {name}: it is not an adapter folder, or not a complete one."
             )
     try:
         manifest = json.loads((folder / CONFIG_FILE).read_text())
@@ -337,8 +339,8 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         check_manifest(manifest, where)
     if manifest.get("sha256") != _sha256(folder / TENSOR_FILE):
         raise ValueError(
-            f"{folder / TENSOR_FILE} is damaged, or is not the file that {CONFIG_FILE} was written with; "
-            "copy both from one save."
+            f"{folder / TENSOR_FILE} is damaged, or comes from another save than {CONFIG_FILE}; copy "
+            "both from one save."
         )
     try:
         tensors = load_file(folder / TENSOR_FILE)

@@ -60,7 +60,9 @@ class AdapterBank:
             raise ValueError(f"limit={limit} is not allowed; a bank keeps at least one adapter.")
         self.model, self.directory = model, Path(directory)
         if not self.directory.is_dir():
-            raise FileNotFoundError(f"{self.directory} is no directory; an adapter bank is one of folders.")
+            raise FileNotFoundError(
+                f"{self.directory} is not a directory; give the one that holds the adapters' folders."
+            )
         self.limit, self.base_mismatch = limit, base_mismatch
         self._lock = threading.RLock()
         self._recent: dict[str, None] = {}
@@ -103,7 +105,8 @@ class AdapterBank:
         mine = [name for name in names if name in self._recent or name not in here]
         if len(mine) > self.limit:
             raise ValueError(
-                f"{len(mine)} different adapters are named, and the bank's limit is {self.limit}."
+                f"{len(mine)} different adapters are named, but the bank's limit is {self.limit}; raise "
+                "limit, or name fewer in one batch."
             )
         for name in mine:
             if name in here:

@@ -195,7 +195,7 @@ def check_vectors(manifest: dict[str, Any], tensors: dict[str, Tensor], where: s
             key, shape = ".".join(p for p in (manifest.get("root"), name, vector) if p), (*axis, size)
             if key not in tensors or tuple(tensors[key].shape) != shape:
                 found = tuple(tensors[key].shape) if key in tensors else "nothing"
-                raise ValueError(f"{where} is damaged: {key} should have shape {shape}, and has {found}.")
+                raise ValueError(f"{where} is damaged: {key} should have shape {shape}, but has {found}.")
 
 
 def config_of(manifest: dict[str, Any]) -> UORAConfig:
@@ -203,5 +203,8 @@ def config_of(manifest: dict[str, Any]) -> UORAConfig:
     known = {field.name for field in dataclasses.fields(UORAConfig)}
     unknown = set(manifest["config"]) - known
     if unknown:
-        raise ValueError(f"the manifest's configuration has unknown fields: {', '.join(sorted(unknown))}.")
+        raise ValueError(
+            f"the manifest's configuration has unknown fields: {', '.join(sorted(unknown))}; update "
+            "lightning-uora."
+        )
     return UORAConfig(**manifest["config"])

@@ -99,7 +99,8 @@ def _export(
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")
     if "" in adapters:
         raise ValueError(
-            "model is itself the adapted module; PEFT adapts what is inside, so export its parent."
+            "model is itself the adapted module, and PEFT adapts only modules inside a model; export "
+            "its parent."
         )
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "") or None
@@ -167,7 +168,9 @@ def write_peft(
     if format not in ("lora", "vera"):
         raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
     if max_rank is not None and (format == "vera" or max_rank < 1):
-        raise ValueError(f"max_rank={max_rank} is not allowed; it is a positive number, for format='lora'.")
+        raise ValueError(
+            f"max_rank={max_rank} is not allowed; max_rank must be a positive number, with format='lora'."
+        )
     vectors = {f"{n}.{v}": getattr(m, v) for n, m in adapters.items() for v in ("uora_d", "uora_b")}
     require_finite(vectors | dict(trained), "the model", "exported")
     require_told_apart(heads, format)
@@ -225,8 +228,8 @@ def _task_and_saved(model: nn.Module, adapters: dict[str, AdaptedModule]) -> tup
         if not all(_inside(name, saved) for name in adapters):
             return task, saved
     raise ValueError(
-        f"modules {next(iter(adapters))!r} and {heads[0]!r} share a trained weight and nothing else is "
-        f"adapted, which PEFT's format cannot say; {USE_MERGE}."
+        f"modules {next(iter(adapters))!r} and {heads[0]!r} share a trained weight and nothing "
+        f"else is adapted, which PEFT's format cannot express; {USE_MERGE}."
     )
 
 
@@ -271,14 +274,14 @@ def _require_called(model: nn.Module, adapters: dict[str, AdaptedModule]) -> Non
         found = weight_reader(model, name)
         if found is not None and not found[1]:
             raise ValueError(
-                f"{found[0]} reads the weight of {name!r} without calling the module, and PEFT would compute "
-                f"with the base there; {USE_MERGE}."
+                f"{found[0]} reads the weight of {name!r} without calling the module, so PEFT would use "
+                f"the base weight there; {USE_MERGE}."
             )
         if found is not None and found[0] not in said:
             said.add(found[0])
             warnings.warn(
-                f"{found[0]} may read the weight of {name!r} without calling the module; where it does, PEFT "
-                "computes with the base. Compare outputs, or merge.",
+                f"{found[0]} may read the weight of {name!r} without calling the module; if it does, PEFT "
+                "uses the base weight there. Compare the outputs, or merge.",
                 stacklevel=5,
             )
 
@@ -299,13 +302,12 @@ def _heads(model: nn.Module) -> list[str]:
         of = owners[id(parameter)]
         if not all(of) or not any(_is_whole(model.get_submodule(owner), trained) for owner in of):
             raise ValueError(
-                f"{name} was trained by itself, and PEFT's format has no place for it; {USE_MERGE}."
+                f"{name} is a bare parameter that was trained, which PEFT's format cannot store; {USE_MERGE}."
             )
         heads |= dict.fromkeys(of)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         warnings.warn(
-            "PEFT's format has no place for BatchNorm statistics; if training moved them, outputs will "
-            "differ.",
+            "PEFT's format cannot store BatchNorm statistics; if training changed them, outputs will differ.",
             stacklevel=5,
         )
     return list(heads)

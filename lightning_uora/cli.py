@@ -164,7 +164,7 @@ def _show(chosen: argparse.Namespace) -> None:
 def _merge(chosen: argparse.Namespace) -> None:
     _require_free(chosen, chosen.out.exists())
     if chosen.out.is_dir():
-        raise ValueError(f"{chosen.out} is a folder; merge writes a file: name one.")
+        raise ValueError(f"{chosen.out} is a folder, but merge writes a file; give a file name as OUT.")
     manifest, tensors, checkpoint = _open(chosen.source)
     several = manifests_of(manifest)
     chosen_ones, tensors = _chosen_adapter(several, tensors, chosen.adapter)
@@ -173,7 +173,7 @@ def _merge(chosen: argparse.Namespace) -> None:
     elif chosen.module_class is None:
         held = f"{chosen.source} holds adapters without their base;"
         what = f"{what_folder(chosen.source)} Or" if chosen.source.is_dir() else held
-        raise ValueError(f"{what} name the class that builds it: --class MODULE:CLASS.")
+        raise ValueError(f"{what} name the class that builds the base: --class MODULE:CLASS.")
     else:
         with _current_folder_importable():
             cls = _class(chosen.module_class)
@@ -196,7 +196,10 @@ def _chosen_adapter(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Manifests and tensors as if the adapter of that name had been the only one."""
     if name is not None and len(several) > 1:
-        raise ValueError(f"--adapter {name}: the checkpoint has several adapted models, of one adapter each.")
+        raise ValueError(
+            f"--adapter {name}: the checkpoint has several adapted models, with one adapter each; "
+            "leave --adapter out."
+        )
     found = []
     for manifest in several:
         one, tensors = in_use(manifest, tensors, name)
@@ -213,7 +216,7 @@ def _of_several(several: list[dict[str, Any]], name: str | None) -> str:
 
 def _require_free(chosen: argparse.Namespace, taken: bool) -> None:
     if taken and not chosen.force:
-        raise ValueError(f"{chosen.out} exists; name another OUT, or write over it by --force.")
+        raise ValueError(f"{chosen.out} already exists; choose another OUT, or overwrite it with --force.")
 
 
 def _wrote(out: Path, what: str, *files: Path) -> None:
@@ -275,23 +278,25 @@ def _on_base(chosen: argparse.Namespace, cls: Any, several: list[dict[str, Any]]
     named = f"--class {chosen.module_class}"
     if not chosen.source.is_dir():
         if not hasattr(cls, "load_from_checkpoint"):
-            raise ValueError(f"{named} is no LightningModule's class, which a checkpoint needs.")
+            raise ValueError(f"{named} is not a LightningModule class, which a checkpoint needs.")
         try:
             loaded: nn.Module = load_from_checkpoint(cls, chosen.source)
         except (ValueError, OSError):
             raise
         except Exception as error:  # a user's class raises what it likes
             raise ValueError(
-                f"{named} could not be built from the checkpoint's hyperparameters: {error}. In Python: "
-                "load_from_checkpoint(cls, path, name=value), then detach_uora(module, merge=True)."
+                f"{named} could not be built from the checkpoint's hyperparameters: {error}. Merge in "
+                "Python: load_from_checkpoint(cls, path, name=value), then detach_uora(module, "
+                "merge=True)."
             ) from error
         return loaded
     try:
         module = cls()
     except Exception as error:  # a user's class raises what it likes
         raise ValueError(
-            f"{named} could not be built without arguments, and an adapter folder holds none: {error}. In "
-            "Python: load_adapter(model, folder), then detach_uora(model, merge=True)."
+            f"{named} could not be built without arguments, and an adapter folder stores none: "
+            f"{error}. Merge in Python: load_adapter(model, folder), then detach_uora(model, "
+            "merge=True)."
         ) from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{named} made a {type(module).__name__}; it must make an nn.Module.")
@@ -356,8 +361,8 @@ def _export(chosen: argparse.Namespace) -> None:
     bare = [n for n, t in trained.items() if t.dim() == 2 and f"{n.rpartition('.')[0]}.bias" not in state]
     if bare and manifest.get("kind") != "full":
         console.print(
-            f"{chosen.source} does not tell whether another module shares {bare[0]!r}, which was trained; if "
-            "one does, export a full checkpoint, or call export_peft(model, ...)."
+            f"{bare[0]!r} was trained, and {chosen.source} does not show whether another module "
+            "shares it. If one does, export a full checkpoint, or call export_peft(model, ...)."
         )
 
 
@@ -374,8 +379,9 @@ def _trained_modules(
         head = name.rpartition(".")[0]
         if not head or any(f"{adapted}.".startswith(f"{head}.") for adapted in adapters):
             raise ValueError(
-                f"module {head!r} is adapted, or holds what is, and its {name.rpartition('.')[2]} was trained"
-                f"{f' as {one!r}' if one != name else ''}; PEFT has no place for that."
+                f"module {head!r} is adapted or holds adapted layers, and its {name.rpartition('.')[2]} "
+                f"was trained too{f' as {one!r}' if one != name else ''}; PEFT cannot store that. Merge "
+                "instead."
             )
         heads[head] = None
     return list(heads)
@@ -389,8 +395,8 @@ def _one_of(several: list[dict[str, Any]], path: str) -> dict[str, Any]:
     if len(found) != 1:
         roots = ", ".join(one["root"] or f"(the module itself: {_names_of(one)[0]})" for one in several)
         raise ValueError(
-            f"the source holds several adapted models, at {roots}; name one, or what holds its layers, by "
-            "--submodule."
+            f"the source holds several adapted models, at {roots}; choose one with --submodule PATH "
+            "(its own path, or that of a module around its layers)."
         )
     return found[0]
 
@@ -406,7 +412,10 @@ def _within(path: str, named: dict[str, Any]) -> dict[str, Any]:
     prefix = f"{path}." if path else ""
     for name in named:
         if not name.startswith(prefix):
-            raise ValueError(f"--submodule {path}: {name!r}, which was trained, lies outside.")
+            raise ValueError(
+                f"--submodule {path}: {name!r} was trained and lies outside; choose a module that holds "
+                "all that was trained."
+            )
     return {name.removeprefix(prefix): value for name, value in named.items()}
 
 

@@ -1,4 +1,4 @@
-"""The ``uora`` command: what an adapter would cost; look at, merge and export what was saved."""
+"""Estimate what an adapter would cost; show, merge and export what was saved."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ from lightning_uora.storage import (
 )
 
 EXAMPLES = """examples:
-  uora inspect vit_base_patch16_224 --rank 1024        costs, before anything is downloaded
+  uora inspect vit_base_patch16_224 --rank 1024        what it would cost; downloads no weights
   uora inspect ./llama-70b/config.json --tokens 8192 --target-modules q_proj v_proj
-  uora show adapter/                                   what a folder or a checkpoint holds
+  uora show adapter/                                   what an adapter folder or a checkpoint holds
   uora merge last.ckpt plain.ckpt                      a checkpoint that plain load_from_checkpoint reads
   uora merge small.ckpt plain.ckpt --class my.module:Classifier     from checkpoint="adapter"
-  uora merge adapter/ plain.ckpt --class my.module:Classifier       from a folder of save_adapter
+  uora merge adapter/ plain.ckpt --class my.module:Classifier       from an adapter folder
   uora export last.ckpt peft/ --format lora            a folder for peft.PeftModel.from_pretrained
 """
 
+SOURCE = "checkpoint or adapter folder"
 FORMATS = {"lora": "LoRA", "vera": "VeRA"}
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -61,43 +62,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_inspect(commands)
-    show = commands.add_parser("show", help="what a checkpoint or an adapter folder holds")
-    show.add_argument("source", type=Path, metavar="FILE_OR_DIR")
-    merge = commands.add_parser("merge", help="a plain checkpoint with the adapters in the weights")
-    merge.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
-    merge.add_argument("out", type=Path, metavar="OUT")
+    show = commands.add_parser("show", help="list what a checkpoint or an adapter folder holds")
+    show.add_argument("source", type=Path, metavar="FILE_OR_DIR", help=SOURCE)
+    merge = commands.add_parser(
+        "merge", help="write a plain checkpoint, the adapters merged into its weights"
+    )
+    merge.add_argument("source", type=Path, metavar="CKPT_OR_DIR", help=SOURCE)
+    merge.add_argument("out", type=Path, metavar="OUT", help="checkpoint file to write")
     merge.add_argument(
         "--class",
         dest="module_class",
         metavar="MODULE:CLASS",
-        help="builds the model of adapter-only checkpoints and folders; looked for in the current folder too",
+        help="class that builds the base, for adapter folders and checkpoint='adapter' files; the current "
+        "folder is searched too",
     )
-    export = commands.add_parser("export", help="a PEFT folder")
-    export.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
-    export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--format", choices=list(FORMATS), default="lora")
+    export = commands.add_parser("export", help="write a folder that PEFT loads")
+    export.add_argument("source", type=Path, metavar="CKPT_OR_DIR", help=SOURCE)
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument(
+        "--format", choices=list(FORMATS), default="lora", help="kind of PEFT adapter (default: lora)"
+    )
     export.add_argument(
         "--max-rank",
         type=int,
         metavar="RANK",
-        help="lora: the best approximation where a layer's rank is higher; its error is printed",
+        help="lora only: approximate layers of a higher rank with this one, and print the error",
     )
     export.add_argument(
-        "--base-model", metavar="NAME", help="base_model_name_or_path in the PEFT configuration"
+        "--base-model", metavar="NAME", help="name or path of the base, for PEFT's base_model_name_or_path"
     )
     export.add_argument(
         "--submodule",
         default="",
         metavar="PATH",
-        help="the model inside the LightningModule that PEFT will wrap, such as model; names start there",
+        help="part of the LightningModule that PEFT will wrap, such as model; names start there",
     )
     for command in (merge, export):
         command.add_argument(
             "--adapter",
             metavar="NAME",
-            help="of several in a checkpoint; left out, the one that computed",
+            help="which adapter, if the checkpoint has several (default: the active one)",
         )
-        command.add_argument("--force", action="store_true", help="write over an OUT that exists")
+        command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     chosen = parser.parse_args(arguments)
     try:
         {"inspect": _inspect, "show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
@@ -108,25 +114,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser("inspect", help="what an adapter would cost, without any weights")
+    inspect = commands.add_parser("inspect", help="estimate what an adapter would cost, without any weights")
     inspect.add_argument(
-        "model", metavar="MODEL", help="timm name; transformers config path, model type or hub name"
+        "model", metavar="MODEL", help="timm name, or transformers config path, model type or hub name"
     )
-    inspect.add_argument("--rank", type=int, default=UORAConfig.rank)
-    inspect.add_argument("--init", choices=INITS, default=UORAConfig.init, help="inputs: A is stored too")
     inspect.add_argument(
-        "--target-modules", nargs="+", default=[UORAConfig.target_modules], metavar="PATTERN"
+        "--rank",
+        type=int,
+        default=UORAConfig.rank,
+        help=f"directions in each layer (default: {UORAConfig.rank})",
     )
-    inspect.add_argument("--exclude-modules", nargs="+", default=[], metavar="PATTERN")
     inspect.add_argument(
-        "--tokens", type=int, default=2048, help="rows each layer sees in a step: batch x length (2048)"
+        "--init", choices=INITS, default=UORAConfig.init, help="how A starts; with inputs, files store A too"
+    )
+    inspect.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=[UORAConfig.target_modules],
+        metavar="PATTERN",
+        help="preset (attention, all-linear, all) or patterns of names (default: attention)",
+    )
+    inspect.add_argument(
+        "--exclude-modules", nargs="+", default=[], metavar="PATTERN", help="modules to leave out"
+    )
+    inspect.add_argument(
+        "--tokens", type=int, default=2048, help="tokens in a training step, batch x length (default: 2048)"
     )
     inspect.add_argument(
         "--quantize",
         choices=["nf4", "nf4-double", "fp4", "int8"],
-        help="count the base as bitsandbytes packs it",
+        help="count the base as bitsandbytes quantises it",
     )
-    inspect.add_argument("--json", action="store_true", help="for machines, with every layer")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with every layer")
 
 
 def _inspect(chosen: argparse.Namespace) -> None:

@@ -215,7 +215,7 @@ def test_show_tells_what_is_there(tmp_path, capsys, monkeypatch):
         assert rows["adapted modules"] == "2: body.0, body.2"
         assert rows["refreshes"] == "3, 12 rows and columns"
         assert rows["d and b"] == f"{VECTORS} bytes"
-        assert rows["trained besides"] == f"{HEAD} bytes in 2: head.weight, head.bias"
+        assert rows["also trained"] == f"{HEAD} bytes in 2: head.weight, head.bias"
         assert not any(said.startswith("0 bytes") for said in rows.values())
     assert found["full"]["what"] == "a full checkpoint: the whole model with its adapters"
     assert "the rest of the model" in found["full"]
@@ -251,7 +251,7 @@ def test_show_tells_of_A_from_the_inputs(tmp_path, capsys, monkeypatch):
     )
     assert rows["A"] == f"{2 * 2 * (7 + 5)} bytes"
     assert "B" not in rows
-    assert "trained besides" not in rows
+    assert "also trained" not in rows
 
 
 class Seeded(Toy):

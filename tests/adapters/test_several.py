@@ -249,7 +249,7 @@ def test_the_functions_take_a_name_and_leave_what_computes(tmp_path):
     table = summarize(model, name="wide")
     assert table.adapter_params == 9 + 7
     assert table.waiting == ("default", "second")
-    assert "other adapters, waiting: default, wide" in str(summarize(model))
+    assert "inactive adapters: default, wide" in str(summarize(model))
     assert dict(named_adapters(model, "second")) == dict(named_adapters(model))
     assert [path for path, _ in named_adapters(model, "wide")] == ["body.2"]
     with pytest.raises(ValueError, match="no adapter is called 'wild'; near misses: 'wide'"):

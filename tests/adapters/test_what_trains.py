@@ -157,7 +157,7 @@ def test_what_the_user_froze_beside_parts_that_train_stays_and_the_table_says_so
         model = Student()
         assert all(name.startswith("net.") for name in attach_uora(model, UORAConfig(4, targets)))
         assert summarize(model).kept == ("teacher",)
-        assert "left as you froze it: teacher" in str(summarize(model))
+        assert "frozen by you: teacher" in str(summarize(model))
 
 
 def test_a_frozen_layer_that_is_named_in_full_is_adapted():

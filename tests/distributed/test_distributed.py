@@ -328,9 +328,9 @@ def test_a_sharded_model_is_neither_detached_nor_exported(runs):
         ("another rank", "adapters of another configuration: rank (4 saved, 3 here)"),
         (
             "another architecture",
-            "the adapter is for 'body.0', this model has adapters at 'body.0', 'body.2'",
+            "the adapter is for 'body.0', but this model has adapters at 'body.0', 'body.2'",
         ),
-        ("another base", "trained on another base \(different: 'body.0.weight'"),
+        ("another base", "trained on another base (different: 'body.0.weight'"),
     ],
 )
 def test_what_a_sharded_run_cannot_do_is_refused(runs, fault: str, message: str):

@@ -144,8 +144,8 @@ def test_merge_and_export_take_the_adapter_that_is_named(trained, kind, tmp_path
 def test_show_lists_them(trained, kind, capsys):
     assert main(["show", str(trained[1])]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "two (computes), default, three" in told
-    assert "adapters that wait" in told
+    assert "two (active), default, three" in told
+    assert "inactive adapters" in told
 
 
 class Lean(Task):

@@ -28,7 +28,7 @@ def reason(message: str) -> str:
 def one_line_errors() -> Iterator[None]:
     """Around ``LightningCLI(...)``: a value that a class refuses is one line, and exit code 2.
 
-    What is raised later, in training say, goes through as it is. See Note [Refused values from YAML].
+    Errors raised later, such as in training, pass through unchanged. See Note [Refused values from YAML].
 
     Example::
 

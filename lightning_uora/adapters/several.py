@@ -35,15 +35,15 @@ __all__ = [
 def add_adapter(
     model: nn.Module, name: str, config: UORAConfig | None = None, trainable: bool = True
 ) -> list[str]:
-    """Put another adapter beside those that are there, and let it compute.
+    """Add another adapter to an adapted model and make it active.
 
     It starts fresh: its update is zero. What trains besides the vectors (heads, biases) starts as a copy of
-    what the model has there now. Adapters with the same rank, seed and draw share A and B in memory.
+    what the model has now. Adapters with the same rank, seed and draw share A and B in memory.
 
     Args:
-        model: The adapted model, one around it, or a part of it.
-        name: Not used yet; without a dot.
-        config: What to adapt and how; None: as the adapter that computes now, in the same layers.
+        model: The adapted model, a module around it, or a part of it.
+        name: A new name, without a dot.
+        config: What to adapt and how; None: the active adapter's configuration and layers.
         trainable: False: its parameters want no gradients.
 
     Returns:
@@ -51,7 +51,7 @@ def add_adapter(
 
     Raises:
         ValueError: The name is in use or not allowed; as :func:`~lightning_uora.attach_uora`. The model is
-            then as it was.
+            then unchanged.
     """
     one = the_only(model, "add_adapter")
     require_free(model, name)
@@ -123,12 +123,12 @@ def require_free(model: nn.Module, name: str) -> None:
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Say which adapter computes.
+    """Make an adapter the active one, or go back to the base.
 
     Args:
-        model: The adapted model, one around it, or a part of it.
-        name: Of an adapter, with the heads that were trained with it; None: the frozen base's weights, until
-            an adapter is set again; heads stay those of the adapter in use.
+        model: The adapted model, a module around it, or a part of it.
+        name: Which adapter; the heads that were trained with it come along. None: the frozen base's weights,
+            until you set an adapter again; the heads stay those of the active adapter.
 
     Raises:
         ValueError: No adapter has that name (near misses are named).
@@ -148,10 +148,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter that does not compute.
+    """Remove an inactive adapter.
 
     Raises:
-        ValueError: No adapter has that name, or it is the one in use: set another one first, or detach_uora.
+        ValueError: No adapter has that name, or it is the active one: set another one first, or detach_uora.
     """
     one = the_only(model, "remove_adapter")
     require_known(model, name)

@@ -170,7 +170,7 @@ def the_only(model: nn.Module, action: str) -> Attachment:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters on ``model``, in the order in which they came; of a plain model none.
+    """Names of the adapters on ``model``, in the order in which they were added; empty for a plain model.
 
     Raises:
         ValueError: ``model`` holds several adapted models.

@@ -71,24 +71,24 @@ def save_adapter(
     projections: Literal["record", "full"] = "record",
     name: str | None = None,
 ) -> None:
-    """Write an adapter as ``uora_config.json`` and ``uora_adapter.safetensors``.
+    """Save an adapter to a folder, as ``uora_config.json`` and ``uora_adapter.safetensors``.
 
-    Both are written under temporary names, read back, compared and then renamed: a crash, a full disk or a
-    bad one leaves the old files. The file holds every number that trained, frozen since or not. If the model
-    is sharded every rank must call this, and the first one writes.
+    Both files are written under temporary names, read back, compared and then renamed: after a crash, or on a
+    full or faulty disk, the old files are still there. The folder holds everything that trained, even if you
+    froze it since. If the model is sharded, every process must call this; the first one writes.
 
     Args:
-        model: The adapted model, a module around it, or a part that holds all that was trained; the names in
-            the file are of what is given. Several adapted models in it go into one folder.
+        model: The adapted model, a module around it, or a part that holds all that was trained. Names in the
+            file are relative to it. If it holds several adapted models, they go into one folder.
         directory: Made if it does not exist.
-        projections: ``"record"`` stores how A and B came about, a few bytes (and, with ``init="inputs"``, A
-            in float16, which is exact); ``"full"`` stores them.
-        name: Of an adapter, with the heads that were trained with it; None: the one that computes.
+        projections: ``"record"`` stores how to rebuild A and B, a few bytes (with ``init="inputs"`` also A,
+            in float16, which is exact); ``"full"`` stores A and B.
+        name: Which adapter, with the heads that were trained with it; None: the active one.
 
     Raises:
         ValueError: The model is not adapted or not calibrated, or holds only a part of what was trained;
             ``projections`` is neither of the two; ``name`` is given, and there are several adapted models.
-        OSError: The directory cannot be written, or what was written reads back otherwise.
+        OSError: The directory cannot be written, or what was written does not read back the same.
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
@@ -186,19 +186,19 @@ def load_adapter(
     name: str = "default",
     head: bool = True,
 ) -> list[str]:
-    """Adapt a model as a saved adapter says, and load it. After an error the model is as it was.
+    """Put a saved adapter on its base. After an error the model is unchanged.
 
-    A second one comes beside those that are there, under a name of its own, and computes from then on. The
-    adapter may have been saved from a module around the model, or from a part of it: the names are
-    matched, and a warning says how.
+    If the model already has adapters, give this one a new name: it is added and becomes the active one. The
+    adapter may come from a module around this model, or from a part of it: the names are matched, and a
+    warning says how.
 
     Args:
-        model: The base, any device and dtype.
+        model: The base, on any device and in any dtype.
         directory: What :func:`save_adapter` wrote.
-        base_mismatch: ``"warn"`` loads onto another base with a warning, and leaves a head aside that does
+        base_mismatch: ``"warn"`` loads onto another base with a warning, and does not load a head that does
             not fit.
-        name: What to call it here.
-        head: False leaves the head that was trained with the adapter aside; the model's own trains.
+        name: What to call the adapter on this model.
+        head: False does not load the head that was trained with the adapter; the model's own head trains.
 
     Returns:
         Names of the adapted modules, in model order.

@@ -379,20 +379,20 @@ def load_from_checkpoint(
     weights_only: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """A LightningModule from a checkpoint of either kind, adapters attached, on the CPU, no Trainer.
+    """Load a LightningModule with its adapters from a checkpoint of either kind: on the CPU, no Trainer.
 
     Args:
         module_class: The LightningModule's class.
         path: The checkpoint.
         base_mismatch: ``"warn"`` accepts another base for an ``"adapter"`` checkpoint.
-        weights_only: Unpickle plain data and torch's own modules (a loss among the hyperparameters) only.
-            False reads objects of any type and runs what the file says: for files that you trust.
-        kwargs: Arguments of ``module_class``, over the saved hyperparameters. For an ``"adapter"`` checkpoint
-            they must bring the pretrained base back.
+        weights_only: Unpickle only plain data and torch's own modules (a loss among the hyperparameters).
+            False reads objects of any type and runs what the file says: only for files that you trust.
+        kwargs: Arguments of ``module_class``, which override the saved hyperparameters. For an ``"adapter"``
+            checkpoint they must bring the pretrained base back.
 
     Raises:
-        ValueError: The file is no checkpoint made with ``UORACallback``, does not fit the module, or holds
-            an object of a type that ``weights_only`` refuses; ``map_location`` or ``strict`` among
+        ValueError: The file is not a checkpoint made with ``UORACallback``, does not fit the module, or holds
+            an object of a type that ``weights_only`` refuses; ``map_location`` or ``strict`` is among
             ``kwargs``.
     """
     given = sorted({"map_location", "strict"} & set(kwargs))

@@ -59,27 +59,28 @@ def export_peft(
 ) -> None:
     """Write a folder that ``peft.PeftModel.from_pretrained(base, directory)`` loads with equal outputs.
 
-    So does ``AutoPeftModelForCausalLM.from_pretrained(directory)``, or the class for the model's task, if
-    the base can be loaded by its name. Experts are written as PEFT 0.21 reads them; versions before 0.17 do
-    not know ``target_parameters`` and would leave them out.
+    ``AutoPeftModelForCausalLM.from_pretrained(directory)``, or the class for the model's task, loads it too
+    if the base can be loaded by its name. Experts are written as PEFT 0.21 reads them; versions before 0.17
+    do not know ``target_parameters`` and would leave them out.
 
     Args:
-        model: An adapted model, or the part of one that will be the base there (``lightning_module.model``).
+        model: An adapted model, or the part of one that will be PEFT's base (``lightning_module.model``).
         directory: Made if it does not exist; written whole or not at all.
-        format: ``"lora"`` works for every Linear, Conv1D and plain undilated ungrouped convolution, each
-            layer with its own projections. ``"vera"`` needs one A and one B for all layers
+        format: ``"lora"`` works for every Linear, Conv1D and plain undilated ungrouped convolution; each
+            layer gets its own projections. ``"vera"`` needs one A and one B for all layers
             (``share="model"``, one shape).
-        base_model_name_or_path: Written into the configuration; default: what a transformers model calls
-            itself.
-        max_rank: For ``"lora"``: layers with a higher rank are replaced by their best approximation of this
-            rank. That is exact where the layer has no more inputs or outputs. Else the relative error of the
-            updates is warned about if it is above 1e-3 in any layer, and logged if not. None: exact.
-        name: Of an adapter; None: the one that computes.
+        base_model_name_or_path: Written into the configuration; by default the name that a transformers model
+            knows itself by.
+        max_rank: For ``"lora"``: layers of a higher rank are replaced with their best approximation of this
+            rank. That is exact if the layer has no more inputs or outputs than that. Otherwise the relative
+            error of the updates is a warning if it is above 1e-3 in any layer, and a log line if not. None:
+            exact.
+        name: Which adapter; None: the active one.
 
     Raises:
-        ValueError: The model is not adapted or not calibrated, or holds what the format cannot say exactly;
-            the module is named, and what to do instead. ``max_rank`` is not a positive number, or is given
-            for ``"vera"``.
+        ValueError: The model is not adapted or not calibrated, or holds something that the format cannot
+            express exactly; the message names the module and says what to do instead. ``max_rank`` is not a
+            positive number, or is given for ``"vera"``.
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
     """

@@ -144,7 +144,7 @@ def test_a_file_that_cannot_tell_what_is_tied_says_so(tmp_path, capsys):
     assert "does not tell" not in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*is one weight with")
+@pytest.mark.filterwarnings("ignore:.* are one weight")
 def test_a_tied_weight_that_is_adapted_under_its_other_name_is_refused(tmp_path, capsys):
     _, _, path = tied_checkpoint(tmp_path, target_modules=["body.0", "first"])
     assert main(["export", str(path), str(tmp_path / "peft")]) == 2
@@ -380,7 +380,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_without_advice_to_run_it(conte
     path = tmp_path / "mymod.py"
     path.write_bytes(content)
     assert main(["show", str(path)]) == 2
-    said = "is damaged or not a checkpoint: torch.save did not write it, or not all of it."
+    said = "is damaged or not a checkpoint: torch.save did not write it, or did not finish."
     assert capsys.readouterr().err == f"uora: {path} {said}\n"
 
 
@@ -424,7 +424,7 @@ class Needy(Toy):
         (["merge", "{tmp}/peft", "{tmp}/out"], "is an adapter folder of PEFT"),
         (["show", "{tmp}/peft"], "is an adapter folder of PEFT"),
         (["show", "{tmp}/shards"], "is a folder of shards"),
-        (["merge", "{tmp}", "{tmp}/out"], "name one of its files: adapter.ckpt, broken.ckpt"),
+        (["merge", "{tmp}", "{tmp}/out"], "give one of its files: adapter.ckpt, broken.ckpt"),
         (["merge", "{tmp}/other", "{tmp}/out"], "it holds notes.txt"),
         (["merge", "{tmp}/empty", "{tmp}/out"], "it is empty"),
         (["merge", "{tmp}/full.ckpt", "{tmp}/empty", "--force"], "is a folder, but merge writes a file"),

@@ -246,8 +246,8 @@ def by_block(module: nn.Module, path: str, mix: Mix, stacks: Stacks, *args: Any,
     strange = [type(v).__name__ for v in (*args, *kwargs.values()) if not isinstance(v, (*PLAIN, type(None)))]
     if strange and len(set(mix.index)) > 1:
         raise ValueError(
-            f"block {path!r} around experts receives a {strange[0]}, which cannot be split by "
-            "adapter; give use_adapters one name at a time."
+            f"block {path!r} around experts receives a value of type {strange[0]}, which cannot be "
+            "split by adapter; give use_adapters one name at a time."
         )
 
     def run(number: int, given: Sequence[Any], named: dict[str, Any]) -> Any:

@@ -353,7 +353,7 @@ def test_peft_loads_the_export_with_equal_outputs(tmp_path, kind: str, max_rank:
     error, moved = (found - wanted).norm(), (plain - wanted).norm()
     assert error < (1e-4 if max_rank is None else 0.9) * moved
     attach_uora(base, UORAConfig(4, ["experts.down_proj"], trainable_modules=()))
-    with pytest.raises(ValueError, match="holds experts, which PEFT's VeRA does not know"):
+    with pytest.raises(ValueError, match="holds experts, which PEFT's VeRA does not support"):
         export_peft(base, tmp_path / "vera", format="vera")
 
 

@@ -110,7 +110,7 @@ def two(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:.* is one weight with")
+@pytest.mark.filterwarnings("ignore:.* are one weight")
 @pytest.mark.parametrize("computes", ["default", "second", None])
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("kind", CASES)
@@ -298,7 +298,7 @@ def test_names_are_any_sequence_of_names():
             pass
     with pytest.raises(ValueError, match="name must be an adapter's name, or a mapping"):
         detach_uora(model, merge=True, name=["second"])
-    with pytest.raises(ValueError, match="None is no name of an adapter"):
+    with pytest.raises(ValueError, match="None is not an adapter's name"):
         detach_uora(model, merge=True, name={None: 1.0})
 
 

@@ -186,7 +186,11 @@ class Counted(Flat):
 def test_a_block_that_cannot_be_split_is_refused_by_name():
     torch.manual_seed(0)
     for build, kind, message in (
-        (Cached, Asked, "block 'before' around experts is given a object, which cannot be split"),
+        (
+            Cached,
+            Asked,
+            "block 'before' around experts receives a value of type object, which cannot be split",
+        ),
         (Layered, Counted, r"'before' returns a tensor \(\), which cannot be split into samples"),
     ):
         model = build(kind).double()

@@ -146,7 +146,7 @@ def test_a_from_the_inputs_that_is_not_there_is_an_error_that_names_it(share, on
 def test_a_record_of_another_seed_is_an_error_where_a_and_b_are_absent():
     model, other = run_of(1, seed=3), run_of(0, seed=4)
     with pytest.raises(
-        RuntimeError, match="its run had seed=3, but this model has seed=4; attach with the conf"
+        RuntimeError, match="its run had seed=3, but this model has seed=4; attach with the run's conf"
     ):
         other.load_state_dict(kept(model, "uora_d", "uora_b", "record"), strict=False)
     other.load_state_dict(model.state_dict())  # whole, they need no seed

@@ -25,7 +25,7 @@ class Slow(Toy):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
 
 
-@pytest.mark.filterwarnings("ignore:AdamW trains the adapter vectors at lr=0.0001", "ignore:The adapters")
+@pytest.mark.filterwarnings("ignore:AdamW trains the vectors at lr=0.0001", "ignore:The adapters")
 @pytest.mark.parametrize("precision", RUNS)
 def test_vectors_move_at_a_small_rate(precision: str):
     """Both vectors: d from the second step on, when b has left zero."""

@@ -287,7 +287,10 @@ class Experts(nn.Module):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("experts", r"'experts' is a Experts whose weights are bare parameters of 3 axes \(up\), which UORA"),
+        (
+            "experts",
+            r"'experts' is a Experts whose weights are bare parameters with 3 axes \(up\), which UORA",
+        ),
         ("experts.up", r"have shape \(4, 3, 3\), which does not show which axis is which; set is_transposed"),
         ("convs", r"Sequential without Linear-like layers in it; name its convolutions, such as 'convs\.1'"),
         ("lstm", "'lstm' is a LSTM; UORA adapts nn.Linear"),

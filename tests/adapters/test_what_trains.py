@@ -116,7 +116,7 @@ def llama(tied: bool = True) -> LlamaForCausalLM:
 def test_a_tied_weight_trains_under_either_name_and_that_is_said(tmp_path):
     for name, other in (("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")):
         model = llama()
-        with pytest.warns(UserWarning, match=f"is one weight with {other}.weight: training one trains both"):
+        with pytest.warns(UserWarning, match=f"and {other}.weight are one weight: training one trains both"):
             attach_uora(model, UORAConfig(rank=4, target_modules=["q_proj"], trainable_modules=[name]))
         assert model.lm_head.weight.requires_grad
         move(model)

@@ -313,7 +313,9 @@ def test_whole_copies_of_sharded_weights_are_not_kept_in_evaluation(runs):
 
 def test_a_sharded_model_is_neither_detached_nor_exported(runs):
     found = runs.one("tools")
-    assert found["detach"].startswith("ValueError: model is sharded, and its shards know its adapters; save")
+    assert found["detach"].startswith(
+        "ValueError: model is sharded, and a sharded model cannot be detached; save"
+    )
     assert found["export"].startswith("ValueError: model is sharded; save a checkpoint and export that file")
     assert found["weight kept"]
 

@@ -358,7 +358,7 @@ def peft_folder(model, path):
     export_peft(model, path)
 
 
-@pytest.mark.filterwarnings("ignore:PEFT's format has no place for BatchNorm")
+@pytest.mark.filterwarnings("ignore:PEFT's format cannot store BatchNorm")
 @pytest.mark.parametrize(
     ("action", "run"),
     [

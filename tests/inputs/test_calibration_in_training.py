@@ -195,7 +195,7 @@ class ByHandWithStep(ByHand):
 
 def test_manual_optimisation_needs_a_calibration_step():
     with pytest.raises(
-        MisconfigurationException, match="optimises by hand: give ByHand a method calibration_step"
+        MisconfigurationException, match="uses manual optimisation; give ByHand a method calibration_step"
     ):
         trainer(inputs()).fit(made(ByHand), data())
     model = made(ByHandWithStep)

@@ -386,7 +386,9 @@ def test_projections_have_the_dtype_that_the_configuration_names(tmp_path, capsy
 
 def test_an_architecture_that_transformers_lacks_is_said(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["FooForCausalLM"]}))
-    with pytest.warns(UserWarning, match="no class 'FooForCausalLM': its backbone, LlamaModel, is counted"):
+    with pytest.warns(
+        UserWarning, match="no class 'FooForCausalLM'; the counts are those of its backbone, LlamaModel"
+    ):
         assert main(["inspect", str(tmp_path), "--rank", "8", "--json"]) == 0
 
 

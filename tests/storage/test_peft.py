@@ -169,7 +169,7 @@ REFUSED = {
     "trained biases": (
         lambda: trained(nn.Sequential(nn.Linear(5, 5)), target_modules="all", bias="all"),
         "lora",
-        "0.bias was trained by itself",
+        "0.bias is a bare parameter that was trained",
     ),
     "unknown format": (
         lambda: trained(nn.Sequential(nn.Linear(5, 5)), target_modules="all"),

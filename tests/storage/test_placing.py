@@ -54,7 +54,7 @@ def test_another_head_is_told_and_left_aside_where_asked(classes, tmp_path):
     save_adapter(model, tmp_path)
     other = vit(classes)
     before = {name: p.clone() for name, p in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"'head.weight', 'head.bias' trained with the adapter.*head=False"):
+    with pytest.raises(ValueError, match=r"'head.weight', 'head.bias', trained with the adapter.*head=False"):
         load_adapter(other, tmp_path)
     assert not list(named_adapters(other))
     load_adapter(other, tmp_path, head=False)
@@ -94,7 +94,7 @@ def test_names_of_a_module_around_the_model_are_matched_and_that_is_said(tmp_pat
     model = trained(Lit())
     save_adapter(model, tmp_path)
     inner = vit(0)
-    with pytest.raises(ValueError, match=r"'own.weight', 'own.bias' trained with the adapter.*head=False"):
+    with pytest.raises(ValueError, match=r"'own.weight', 'own.bias', trained with the adapter.*head=False"):
         load_adapter(inner, tmp_path)
     with pytest.warns(UserWarning, match="saved from a model that holds this one as 'model'"):
         names = load_adapter(inner, tmp_path, head=False)
@@ -110,7 +110,7 @@ def test_names_of_a_part_are_matched_and_that_is_said(tmp_path):
         names = load_adapter(around, tmp_path)
     assert names == ["model.blocks.0.attn.qkv", "model.blocks.0.attn.proj"]
     torch.testing.assert_close(features(around.model), features(model))
-    with pytest.raises(ValueError, match="fits several parts of this model: 'a', 'b'; give the one"):
+    with pytest.raises(ValueError, match="fits several parts of this model: 'a', 'b'; pass the one"):
         load_adapter(nn.ModuleDict({"a": vit(0), "b": vit(0)}), tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_of_parts_with_the_same_names_the_one_of_the_same_sizes_is_taken(tmp_pat
 def test_where_several_parts_fit_they_are_named_and_nothing_changes(tmp_path):
     saved(at("model", P()), tmp_path)
     other = at("a", P(), b=P(), c=P(4))
-    with pytest.raises(ValueError, match="fits several parts of this model: 'a', 'b'; give the one"):
+    with pytest.raises(ValueError, match="fits several parts of this model: 'a', 'b'; pass the one"):
         load_adapter(other, tmp_path)
     assert not list(named_adapters(other))
 

@@ -495,17 +495,17 @@ class HomeSchedule(S.LRScheduler):
         (
             torch.optim.LBFGS,
             {"lr": 0.1},
-            r"no group of their own for the vectors with LBFGS, which has one.*lr=0.1",
+            r"the vectors get no group of their own with LBFGS, which has one.*lr=0.1",
         ),
         (
             Home,
             {},
-            r"with Home; they train at lr=0.1. Write it in configure_optimizers: groups = param_groups",
+            r"with Home, so they train at lr=0.1. Make the groups in configure_optimizers: groups = param_groups",
         ),
         (
             torch.optim.SGD,
             {"lr": 0.1},
-            r'vector_lr="auto" has no measured rate for SGD: .*lr=0.1. Set UORACallb',
+            r'vector_lr="auto" has no measured rate for SGD, so .*lr=0.1. Set UORACallb',
         ),
         (torch.optim.Adafactor, {}, r"has no measured rate for Adafactor"),
     ],
@@ -587,7 +587,7 @@ def test_a_checkpoint_of_a_run_without_the_group_goes_on_as_it_was(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     trainer(callback(vector_lr=None), save, enable_checkpointing=True).fit(unbroken, equal_batches())
     again = module()
-    with pytest.warns(UserWarning, match=r"checkpoint is of a run whose AdamW had no group.*lr=0.05"):
+    with pytest.warns(UserWarning, match=r"checkpoint.s run AdamW had no group.*lr=0.05"):
         trainer(callback()).fit(again, equal_batches(), ckpt_path=tmp_path / "step=3.ckpt")
     assert_equal(unbroken, again)
     with_group = module()

@@ -46,9 +46,9 @@ class EffectiveWeight(Tensor):
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refused, as parametrisations do it."""
         raise ValueError(
-            "an adapted layer's weight cannot be given other memory (set_), parametrised, pruned or "
-            "removed; call detach_uora(model, merge=True) first, or do it before attach_uora and "
-            "exclude the layer."
+            "an adapted layer's weight cannot be given other memory (set_), and cannot be "
+            "parametrised, pruned or removed: call detach_uora(model, merge=True) first, or do it "
+            "before attach_uora and exclude the layer."
         )
 
     def _uora_part(self, found: Tensor) -> Tensor:

@@ -500,7 +500,7 @@ class HomeSchedule(S.LRScheduler):
         (
             Home,
             {},
-            r"with Home, so they train at lr=0.1. Make the groups in configure_optimizers: groups = param_groups",
+            r"with Home, so they train at lr=0.1. Make the groups in configure_optimizers: groups = param",
         ),
         (
             torch.optim.SGD,

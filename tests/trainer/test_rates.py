@@ -526,7 +526,7 @@ def test_an_unknown_schedule_is_named_and_nothing_is_half_done():
             return [optimizer], [HomeSchedule(optimizer)]
 
     module = Module()
-    with pytest.warns(UserWarning, match=r"no group of their own for the vectors with HomeSchedule"):
+    with pytest.warns(UserWarning, match=r"the vectors get no group of their own with HomeSchedule"):
         trainer(callback(vector_lr=RATE)).fit(module, data())
     assert len(module.trainer.optimizers[0].param_groups) == 1
 

@@ -1,17 +1,17 @@
-"""UORA for PyTorch Lightning: fine-tune a model by training two small vectors for each layer.
+"""UORA for PyTorch Lightning: fine-tune a model by training two small vectors per layer.
 
     trainer = Trainer(callbacks=[UORACallback(rank=256)])
 
 In Lightning
-    UORACallback            adapters in any LightningModule, by one line
-    load_from_checkpoint    a trained module, with its adapters, from a checkpoint
+    UORACallback            adapters for any LightningModule, in one line
+    load_from_checkpoint    load a trained module with its adapters
 
 In plain torch
-    attach_uora             put adapters into a model; freezes the rest
-    param_groups            parameters for the optimizer, the vectors at a rate of their own
+    attach_uora             put adapters into a model and freeze the rest
+    param_groups            parameter groups for the optimizer; the vectors get their own rate
     calibrate               find A from the layers' inputs, for init="inputs"
     refresh                 refresh weak rows of A and columns of B once
-    detach_uora             take adapters out, or merge them into the weights
+    detach_uora             take the adapters out, or merge them into the weights
 
 Settings
     UORAConfig              what is adapted, and how
@@ -20,20 +20,20 @@ Settings
 Files
     save_adapter            write an adapter to a folder of kilobytes
     load_adapter            put a saved adapter on its base
-    export_peft             write it as a LoRA or VeRA of Hugging Face PEFT
-    rebuild                 A and B again, from the seed and the record of refreshes
+    export_peft             write an adapter as a LoRA or VeRA for Hugging Face PEFT
+    rebuild                 rebuild A and B from the seed and the record of refreshes
 
 Several adapters on one model
     add_adapter, set_adapter, remove_adapter, adapter_names
-    use_adapters            a batch in which every sample has its own
-    adapters_disabled       the frozen model, for the length of a with block
-    AdapterBank             adapters in folders, loaded when they are named
+    use_adapters            a batch in which every sample has its own adapter
+    adapters_disabled       the frozen base, inside a with block
+    AdapterBank             adapters in folders, loaded when first named
 
 Looking
     summarize               what trains, layer by layer (Summary, LayerSummary)
     named_adapters          the adapted modules, by name
     plot_vectors            heat maps of d and b
-    plot_refreshes          which share of a layer was refreshed, and when
+    plot_refreshes          how much of each layer was refreshed, and when
 
 ``uora --help`` lists the commands. The guide is in ``docs/``.
 """

@@ -49,49 +49,48 @@ class UORACallback(Callback):
     """Fine-tunes any LightningModule with UORA adapters.
 
     Promises: adapters are attached before optimizers are built and before a checkpoint is loaded, for models
-    made in ``__init__``, ``setup`` or ``configure_model``; a module that has adapters keeps them; vectors
-    that an optimizer built early does not know are added to it; nothing is trained without adapters.
+    made in ``__init__``, ``setup`` or ``configure_model``. A module that has adapters keeps them. If an
+    optimizer was built early and does not know the vectors, they are added to it. Nothing is trained without
+    adapters.
 
     Args:
-        rank: Directions r of the shared projections; each adapted layer trains r + (its output features)
+        rank: Directions r of the shared projections. Each adapted layer trains r + (its output features)
             numbers.
         target_modules: ``"attention"``, ``"all-linear"``, ``"all"``, a pattern (full name, dotted suffix,
             glob, ``"re:"`` and a regular expression), or a list of them.
-        exclude_modules: Patterns of modules that stay as they are; they win over targets.
-        trainable_modules: Modules trained as they are: ``"auto"`` (the head), patterns, or ``()``.
-        init: ``"orthogonal"``, ``"kaiming_uniform"`` (VeRA's draw), or ``"inputs"``: A from the principal
-            axes of each layer's inputs, found when training starts.
-        calibration_batches: Training batches looked at for ``init="inputs"``; training sees the same batches
-            as without. They go through ``calibration_step(batch, batch_idx)`` where the module has one, else
+        exclude_modules: Patterns of modules to leave out; they win over targets.
+        trainable_modules: Modules trained in full: ``"auto"`` (the head), patterns, or ``()``.
+        init: ``"orthogonal"``, ``"kaiming_uniform"`` (VeRA's draw), or ``"inputs"``: A starts from the main
+            directions of each layer's inputs, found when training starts.
+        calibration_batches: Training batches used for ``init="inputs"``; training then sees the same batches
+            as without it. They go through ``calibration_step(batch, batch_idx)`` if the module has one, else
             through ``training_step``, without gradients, logging or a trace in metrics and buffers.
         d_init: Start of every entry of d.
-        dropout: Probability on the adapter's input, Linear-like modules only.
+        dropout: Probability on the adapter's input, for Linear-like modules only.
         bias: ``"none"``, ``"adapted"`` or ``"all"``: which biases train.
         batch_norm: ``"frozen"``: BatchNorm of the frozen base keeps its running statistics and computes with
             them; ``"moving"``: as PyTorch does in training.
         seed: Seeds A and B; the global random state is not touched.
         compute: ``"auto"``, ``"merged"`` or ``"factored"``.
         share: ``"model"`` or ``"layer"``: whose rows a refresh may change.
-        reinit: When and which weak rows of A and B are refreshed, a :class:`ReinitSchedule`; None: never.
-        checkpoint: ``"full"`` checkpoints hold everything; ``"adapter"`` ones hold what trained, the base's
-            buffers and how to rebuild A and B, and want the same base when they are loaded.
+        reinit: A :class:`ReinitSchedule`: when to refresh weak rows of A and B, and which. None: never.
+        checkpoint: ``"full"`` checkpoints hold everything. ``"adapter"`` ones hold what trained, the base's
+            buffers and how to rebuild A and B; to load one you need the same base.
         vector_lr: Learning rate of the vectors d and b. ``"auto"``: 0.01 under Adam, AdamW and their kind,
             times the root of 1,000 / steps (1 to 5), times the root of 12 / adapted layers (at most 1), times
-            2.5 where the schedule warms up and decays, to two digits; wherever the module's
-            optimizer has the vectors among other parameters or does not know them. They get a group
-            of their own, ``uora_vectors``, without weight decay, that follows the schedule of the group that
-            they came from. A group that holds vectors alone is yours and stays. A number: that rate, under
-            any optimizer. None: the optimizer is left alone.
-        adapter_name: Which adapter trains. On a module that has adapters under other names one more is added,
-            and computes from then on; ``"default"`` trains the one that is on the module, if none is called
-            so.
+            2.5 if the schedule warms up and decays, rounded to two digits. The vectors get a group of their
+            own, ``uora_vectors``, without weight decay; it follows the schedule of the group that they came
+            from. A group of yours that holds only vectors stays as you made it. A number: that rate, under
+            any optimizer. None: your optimizer is left alone.
+        adapter_name: Which adapter trains. If the module has adapters under other names only, a new one is
+            added and becomes active; ``"default"`` then trains the active one instead.
 
     Attributes:
         config: The :class:`UORAConfig` made from the arguments.
         summary: Parameter counts of the module adapted last; None before ``setup``.
 
     Raises:
-        ValueError: A wrong argument, when the callback is made; targets that match nothing, at ``setup``.
+        ValueError: An argument is wrong, when the callback is made; targets match nothing, at ``setup``.
         MisconfigurationException: Lightning is set up in a way that would lose the adapters.
 
     Example::
@@ -177,9 +176,9 @@ class UORACallback(Callback):
 
     @property
     def refreshes(self) -> list[dict[str, Any]]:
-        """Plain records of the refreshes so far, one each: ``step``, and ``rows`` by projection.
+        """Plain records of the refreshes so far, one for each: ``step``, and ``rows`` by projection.
 
-        Where the module holds several adapted models, ``model`` counts them.
+        If the module holds several adapted models, ``model`` is the number of the one that was refreshed.
         """
         if len(self._owners) == 1:
             return self._owners[0].record

@@ -1,4 +1,4 @@
-"""The ``uora`` command: what an adapter would cost; look at, merge and export what was saved."""
+"""Estimate what an adapter would cost; show, merge and export what was saved."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ from lightning_uora.storage import (
 )
 
 EXAMPLES = """examples:
-  uora inspect vit_base_patch16_224 --rank 1024        costs, before anything is downloaded
+  uora inspect vit_base_patch16_224 --rank 1024        what it would cost; downloads no weights
   uora inspect ./llama-70b/config.json --tokens 8192 --target-modules q_proj v_proj
-  uora show adapter/                                   what a folder or a checkpoint holds
+  uora show adapter/                                   what an adapter folder or a checkpoint holds
   uora merge last.ckpt plain.ckpt                      a checkpoint that plain load_from_checkpoint reads
   uora merge small.ckpt plain.ckpt --class my.module:Classifier     from checkpoint="adapter"
-  uora merge adapter/ plain.ckpt --class my.module:Classifier       from a folder of save_adapter
+  uora merge adapter/ plain.ckpt --class my.module:Classifier       from an adapter folder
   uora export last.ckpt peft/ --format lora            a folder for peft.PeftModel.from_pretrained
 """
 
+SOURCE = "checkpoint or adapter folder"
 FORMATS = {"lora": "LoRA", "vera": "VeRA"}
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -61,43 +62,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_inspect(commands)
-    show = commands.add_parser("show", help="what a checkpoint or an adapter folder holds")
-    show.add_argument("source", type=Path, metavar="FILE_OR_DIR")
-    merge = commands.add_parser("merge", help="a plain checkpoint with the adapters in the weights")
-    merge.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
-    merge.add_argument("out", type=Path, metavar="OUT")
+    show = commands.add_parser("show", help="list what a checkpoint or an adapter folder holds")
+    show.add_argument("source", type=Path, metavar="FILE_OR_DIR", help=SOURCE)
+    merge = commands.add_parser(
+        "merge", help="write a plain checkpoint, the adapters merged into its weights"
+    )
+    merge.add_argument("source", type=Path, metavar="CKPT_OR_DIR", help=SOURCE)
+    merge.add_argument("out", type=Path, metavar="OUT", help="checkpoint file to write")
     merge.add_argument(
         "--class",
         dest="module_class",
         metavar="MODULE:CLASS",
-        help="builds the model of adapter-only checkpoints and folders; looked for in the current folder too",
+        help="class that builds the base, for adapter folders and checkpoint='adapter' files; the current "
+        "folder is searched too",
     )
-    export = commands.add_parser("export", help="a PEFT folder")
-    export.add_argument("source", type=Path, metavar="CKPT_OR_DIR")
-    export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--format", choices=list(FORMATS), default="lora")
+    export = commands.add_parser("export", help="write a folder that PEFT loads")
+    export.add_argument("source", type=Path, metavar="CKPT_OR_DIR", help=SOURCE)
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument(
+        "--format", choices=list(FORMATS), default="lora", help="kind of PEFT adapter (default: lora)"
+    )
     export.add_argument(
         "--max-rank",
         type=int,
         metavar="RANK",
-        help="lora: the best approximation where a layer's rank is higher; its error is printed",
+        help="lora only: approximate layers of a higher rank with this one, and print the error",
     )
     export.add_argument(
-        "--base-model", metavar="NAME", help="base_model_name_or_path in the PEFT configuration"
+        "--base-model", metavar="NAME", help="name or path of the base, for PEFT's base_model_name_or_path"
     )
     export.add_argument(
         "--submodule",
         default="",
         metavar="PATH",
-        help="the model inside the LightningModule that PEFT will wrap, such as model; names start there",
+        help="part of the LightningModule that PEFT will wrap, such as model; names start there",
     )
     for command in (merge, export):
         command.add_argument(
             "--adapter",
             metavar="NAME",
-            help="of several in a checkpoint; left out, the one that computed",
+            help="which adapter, if the checkpoint has several (default: the active one)",
         )
-        command.add_argument("--force", action="store_true", help="write over an OUT that exists")
+        command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     chosen = parser.parse_args(arguments)
     try:
         {"inspect": _inspect, "show": _show, "merge": _merge, "export": _export}[chosen.command](chosen)
@@ -108,25 +114,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser("inspect", help="what an adapter would cost, without any weights")
+    inspect = commands.add_parser("inspect", help="estimate what an adapter would cost, without any weights")
     inspect.add_argument(
-        "model", metavar="MODEL", help="timm name; transformers config path, model type or hub name"
+        "model", metavar="MODEL", help="timm name, or transformers config path, model type or hub name"
     )
-    inspect.add_argument("--rank", type=int, default=UORAConfig.rank)
-    inspect.add_argument("--init", choices=INITS, default=UORAConfig.init, help="inputs: A is stored too")
     inspect.add_argument(
-        "--target-modules", nargs="+", default=[UORAConfig.target_modules], metavar="PATTERN"
+        "--rank",
+        type=int,
+        default=UORAConfig.rank,
+        help=f"directions in each layer (default: {UORAConfig.rank})",
     )
-    inspect.add_argument("--exclude-modules", nargs="+", default=[], metavar="PATTERN")
     inspect.add_argument(
-        "--tokens", type=int, default=2048, help="rows each layer sees in a step: batch x length (2048)"
+        "--init", choices=INITS, default=UORAConfig.init, help="how A starts; with inputs, files store A too"
+    )
+    inspect.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=[UORAConfig.target_modules],
+        metavar="PATTERN",
+        help="preset (attention, all-linear, all) or patterns of names (default: attention)",
+    )
+    inspect.add_argument(
+        "--exclude-modules", nargs="+", default=[], metavar="PATTERN", help="modules to leave out"
+    )
+    inspect.add_argument(
+        "--tokens", type=int, default=2048, help="tokens in a training step, batch x length (default: 2048)"
     )
     inspect.add_argument(
         "--quantize",
         choices=["nf4", "nf4-double", "fp4", "int8"],
-        help="count the base as bitsandbytes packs it",
+        help="count the base as bitsandbytes quantises it",
     )
-    inspect.add_argument("--json", action="store_true", help="for machines, with every layer")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with every layer")
 
 
 def _inspect(chosen: argparse.Namespace) -> None:
@@ -164,7 +183,7 @@ def _show(chosen: argparse.Namespace) -> None:
 def _merge(chosen: argparse.Namespace) -> None:
     _require_free(chosen, chosen.out.exists())
     if chosen.out.is_dir():
-        raise ValueError(f"{chosen.out} is a folder; merge writes a file: name one.")
+        raise ValueError(f"{chosen.out} is a folder, but merge writes a file; give a file name as OUT.")
     manifest, tensors, checkpoint = _open(chosen.source)
     several = manifests_of(manifest)
     chosen_ones, tensors = _chosen_adapter(several, tensors, chosen.adapter)
@@ -173,7 +192,7 @@ def _merge(chosen: argparse.Namespace) -> None:
     elif chosen.module_class is None:
         held = f"{chosen.source} holds adapters without their base;"
         what = f"{what_folder(chosen.source)} Or" if chosen.source.is_dir() else held
-        raise ValueError(f"{what} name the class that builds it: --class MODULE:CLASS.")
+        raise ValueError(f"{what} name the class that builds the base: --class MODULE:CLASS.")
     else:
         with _current_folder_importable():
             cls = _class(chosen.module_class)
@@ -196,7 +215,10 @@ def _chosen_adapter(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Manifests and tensors as if the adapter of that name had been the only one."""
     if name is not None and len(several) > 1:
-        raise ValueError(f"--adapter {name}: the checkpoint has several adapted models, of one adapter each.")
+        raise ValueError(
+            f"--adapter {name}: the checkpoint has several adapted models, with one adapter each; "
+            "leave --adapter out."
+        )
     found = []
     for manifest in several:
         one, tensors = in_use(manifest, tensors, name)
@@ -213,7 +235,7 @@ def _of_several(several: list[dict[str, Any]], name: str | None) -> str:
 
 def _require_free(chosen: argparse.Namespace, taken: bool) -> None:
     if taken and not chosen.force:
-        raise ValueError(f"{chosen.out} exists; name another OUT, or write over it by --force.")
+        raise ValueError(f"{chosen.out} already exists; choose another OUT, or overwrite it with --force.")
 
 
 def _wrote(out: Path, what: str, *files: Path) -> None:
@@ -275,23 +297,25 @@ def _on_base(chosen: argparse.Namespace, cls: Any, several: list[dict[str, Any]]
     named = f"--class {chosen.module_class}"
     if not chosen.source.is_dir():
         if not hasattr(cls, "load_from_checkpoint"):
-            raise ValueError(f"{named} is no LightningModule's class, which a checkpoint needs.")
+            raise ValueError(f"{named} is not a LightningModule class, which a checkpoint needs.")
         try:
             loaded: nn.Module = load_from_checkpoint(cls, chosen.source)
         except (ValueError, OSError):
             raise
         except Exception as error:  # a user's class raises what it likes
             raise ValueError(
-                f"{named} could not be built from the checkpoint's hyperparameters: {error}. In Python: "
-                "load_from_checkpoint(cls, path, name=value), then detach_uora(module, merge=True)."
+                f"{named} could not be built from the checkpoint's hyperparameters: {error}. Merge in "
+                "Python: load_from_checkpoint(cls, path, name=value), then detach_uora(module, "
+                "merge=True)."
             ) from error
         return loaded
     try:
         module = cls()
     except Exception as error:  # a user's class raises what it likes
         raise ValueError(
-            f"{named} could not be built without arguments, and an adapter folder holds none: {error}. In "
-            "Python: load_adapter(model, folder), then detach_uora(model, merge=True)."
+            f"{named} could not be built without arguments, and an adapter folder stores none: "
+            f"{error}. Merge in Python: load_adapter(model, folder), then detach_uora(model, "
+            "merge=True)."
         ) from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{named} made a {type(module).__name__}; it must make an nn.Module.")
@@ -357,8 +381,8 @@ def _export(chosen: argparse.Namespace) -> None:
     bare = [n for n, t in trained.items() if t.dim() == 2 and f"{n.rpartition('.')[0]}.bias" not in state]
     if bare and manifest.get("kind") != "full":
         console.print(
-            f"{chosen.source} does not tell whether another module shares {bare[0]!r}, which was trained; if "
-            "one does, export a full checkpoint, or call export_peft(model, ...)."
+            f"{bare[0]!r} was trained, and {chosen.source} does not show whether another module "
+            "shares it. If one does, export a full checkpoint, or call export_peft(model, ...)."
         )
 
 
@@ -375,8 +399,9 @@ def _trained_modules(
         head = name.rpartition(".")[0]
         if not head or any(f"{adapted}.".startswith(f"{head}.") for adapted in adapters):
             raise ValueError(
-                f"module {head!r} is adapted, or holds what is, and its {name.rpartition('.')[2]} was trained"
-                f"{f' as {one!r}' if one != name else ''}; PEFT has no place for that."
+                f"module {head!r} is adapted or holds adapted layers, and its {name.rpartition('.')[2]} "
+                f"was trained too{f' as {one!r}' if one != name else ''}; PEFT cannot store that. Merge "
+                "instead."
             )
         heads[head] = None
     return list(heads)
@@ -390,8 +415,8 @@ def _one_of(several: list[dict[str, Any]], path: str) -> dict[str, Any]:
     if len(found) != 1:
         roots = ", ".join(one["root"] or f"(the module itself: {_names_of(one)[0]})" for one in several)
         raise ValueError(
-            f"the source holds several adapted models, at {roots}; name one, or what holds its layers, by "
-            "--submodule."
+            f"the source holds several adapted models, at {roots}; choose one with --submodule PATH "
+            "(its own path, or that of a module around its layers)."
         )
     return found[0]
 
@@ -407,7 +432,10 @@ def _within(path: str, named: dict[str, Any]) -> dict[str, Any]:
     prefix = f"{path}." if path else ""
     for name in named:
         if not name.startswith(prefix):
-            raise ValueError(f"--submodule {path}: {name!r}, which was trained, lies outside.")
+            raise ValueError(
+                f"--submodule {path}: {name!r} was trained and lies outside; choose a module that holds "
+                "all that was trained."
+            )
     return {name.removeprefix(prefix): value for name, value in named.items()}
 
 

@@ -16,7 +16,7 @@ PRESETS = ("attention", "all-linear", "all")
 
 @dataclass(frozen=True)
 class UORAConfig:
-    """How a model is adapted.
+    """What is adapted, and how.
 
     Every value is checked when the object is made, before any model is touched.
 
@@ -26,34 +26,33 @@ class UORAConfig:
         target_modules: A preset (``"attention"``, ``"all-linear"``, ``"all"``), a pattern, or a list of
             either. A pattern is a full module name, a dotted suffix (``"qkv"``, ``"attn.qkv"``), a glob
             (``"blocks.*.attn.qkv"``), or ``"re:"`` and a regular expression for the whole name. A pattern
-            that matches containers and no layer (``"blocks.3"``) takes every Linear-like layer and attention
-            inside them, heads excluded.
-        exclude_modules: Patterns of modules that stay as they are. They win over targets; a container
-            excludes all inside.
-        trainable_modules: Modules and bare parameters trained as they are. ``"auto"`` finds the head: what
-            timm and transformers call so, and your own layers beside a pretrained model. Patterns name them;
-            ``()`` for none.
-        init: Draw of A and B: ``"orthogonal"``, or ``"kaiming_uniform"`` as in VeRA. ``"inputs"``: B as in
-            ``"orthogonal"``, A by ``calibrate`` from the principal axes of the layers' inputs, each layer its
-            own with ``share="layer"``.
-        calibration_batches: Training batches that ``UORACallback`` looks at for ``init="inputs"``.
+            that matches only containers (``"blocks.3"``) takes every Linear-like layer and attention inside
+            them, except heads.
+        exclude_modules: Patterns of modules to leave out. They win over targets; a container excludes
+            everything inside.
+        trainable_modules: Modules and bare parameters trained in full. ``"auto"`` finds the head: what timm
+            and transformers call the head, and your own layers beside a pretrained model. Patterns name them;
+            ``()`` trains none.
+        init: Draw of A and B: ``"orthogonal"``, or ``"kaiming_uniform"`` as in VeRA. With ``"inputs"`` B is
+            drawn as in ``"orthogonal"``, and ``calibrate`` sets A to the main directions of the layers'
+            inputs, for each layer by itself with ``share="layer"``.
+        calibration_batches: Training batches that ``UORACallback`` uses for ``init="inputs"``.
         d_init: Start of every entry of d.
-        dropout: Probability on the adapter's input, of Linear-like modules only.
-        bias: ``"adapted"`` trains the biases of the adapted modules too, ``"all"`` every bias of the model.
-        batch_norm: ``"frozen"``: BatchNorm of the frozen base computes with its running statistics, as in
-            ``eval()``; ``"moving"``: with each batch's own, which moves them, as PyTorch does. BatchNorm that
-            trains itself always moves.
+        dropout: Probability on the adapter's input, for Linear-like modules only.
+        bias: ``"adapted"`` also trains the biases of the adapted modules, ``"all"`` every bias of the model.
+        batch_norm: ``"frozen"``: BatchNorm of the frozen base uses its running statistics, as in ``eval()``.
+            ``"moving"``: it uses each batch's own and updates the running ones, PyTorch's usual behaviour.
+            BatchNorm that trains itself always moves.
         seed: Seeds A and B; no other generator is read or moved.
         compute: ``"merged"`` builds the effective weight, ``"factored"`` applies A and B to the input,
-            ``"auto"`` takes what costs fewer operations for each input. What is not Linear-like is always
-            merged.
-        share: Whose rows a refresh may change. ``"model"``: one A for each width and one B for each height, a
-            row is refreshed when every layer that uses it finds it weak. ``"layer"``: each layer refreshes
-            rows of its own, in a copy made at its first refresh.
+            ``"auto"`` takes the one that costs fewer operations for each input. Modules that are not
+            Linear-like are always merged.
+        share: Whose rows a refresh may change. ``"layer"``: each layer refreshes its own copies of rows.
+            ``"model"``: one A for each width and one B for each height; a row is refreshed when every layer
+            that uses it finds it weak.
 
     Raises:
-        ValueError: A value is outside what is allowed; the message names the field, what came and what is
-            allowed.
+        ValueError: A value is not allowed; the message names the field, what came and what is allowed.
 
     Source: ``d_init`` and the Kaiming draw from VeRA (arXiv:2310.11454); the orthogonal draw from UORA
     (arXiv:2505.20154), its scale is *ours*; A from the inputs after EVA (arXiv:2410.07170), *ours*.
@@ -98,34 +97,35 @@ class UORAConfig:
 class ReinitSchedule:
     """When weak rows and columns of A and B are refreshed, which ones, and what replaces them.
 
-    Counted in optimizer steps; in batches under manual optimisation.
+    Steps are optimizer steps; under manual optimisation they are batches.
 
     Args:
         every_n_steps: Steps between refreshes: at ``start``, ``start + n``, ..., but never at step 0, before
-            anything has trained. None: four, evenly spread over the window.
-        threshold: An entry whose score is below it is weak. The default takes about 6 % of half-normal
+            anything has trained. None: four refreshes, spread evenly over the window.
+        threshold: An entry is weak if its score is below this. The default takes about 6 % of half-normal
             entries, so that four refreshes turn less than a quarter of a layer's rows; 0.5 would take the
             lower third.
-        threshold_mode: ``"relative"`` to the layer's mean score, ``"absolute"``, or ``"fraction"``: the
-            lowest such share.
+        threshold_mode: ``"relative"`` to the layer's mean score, ``"absolute"``, or ``"fraction"``: the share
+            of entries with the lowest scores.
         max_fraction: At most this share of the rows in one refresh, the weakest first.
         interpolation: λ in [0, 1]. A row turns by the angle whose tangent is λ / (1 - λ): 0 changes nothing,
-            1 replaces. The default is 14 degrees; ``benchmarks/results/quality.md`` compares others.
+            1 replaces the row. The default is 14 degrees; ``benchmarks/results/quality.md`` compares others.
         start: First step of the window; a float is a fraction of the run's steps, an integer a step.
         stop: Last step of the window, likewise.
-        vectors: Whose magnitudes decide: ``"d"`` (rows of A with columns of B), ``"b"`` (rows of B).
+        vectors: Which vectors decide by their magnitudes: ``"d"`` (rows of A with columns of B), ``"b"``
+            (rows of B).
         reset_optimizer_state: Clear the first moment of refreshed entries.
         criterion: The score: ``"magnitude"``, ``"ema"`` (its exponential average over about 20 steps), or
             ``"sensitivity"`` (magnitude x root of the optimizer's second moment).
-        preserve_function: Scale a refreshed entry of d (or b) by the cosine of the turn, the choice that
-            moves the layer's output least; else keep it.
-        growth: ``"random"``, or ``"gradient"``: of ``candidates`` fresh directions those with the largest
-            gradient (needs ``share="layer"``). ``"inputs"``: the next unused principal axes of the layers'
-            inputs for A, random directions for B (needs ``init="inputs"``).
-        candidates: How many directions ``growth="gradient"`` looks at, for each layer.
+        preserve_function: Scale a refreshed entry of d (or b) by the cosine of the turn, which moves the
+            layer's output least; False keeps the entry.
+        growth: Where new directions come from. ``"random"``. ``"gradient"``: of ``candidates`` fresh
+            directions, those with the largest gradient (needs ``share="layer"``). ``"inputs"``: for A the
+            next unused main directions of the layers' inputs, for B random ones (needs ``init="inputs"``).
+        candidates: How many directions ``growth="gradient"`` compares in each layer.
 
     Raises:
-        ValueError: A value is outside what is allowed.
+        ValueError: A value is not allowed.
 
     Source: refreshing small entries' rows by interpolation from UORA (arXiv:2505.20154); rotation, window,
     criteria and function preservation are *ours*; growth by gradient after RigL (arXiv:1911.11134), *ours*.
@@ -152,7 +152,9 @@ class ReinitSchedule:
         require_number("threshold", self.threshold)
         require_choice("threshold_mode", self.threshold_mode, ("relative", "absolute", "fraction"))
         if self.threshold < 0 or (self.threshold_mode == "fraction" and self.threshold > 1):
-            raise invalid("threshold", self.threshold, "at least 0, and at most 1 as a fraction")
+            raise invalid(
+                "threshold", self.threshold, "at least 0, and at most 1 with threshold_mode='fraction'"
+            )
         for name in ("max_fraction", "interpolation"):
             require_number(name, getattr(self, name))
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -164,7 +166,7 @@ class ReinitSchedule:
         vectors = _patterns("vectors", self.vectors)
         object.__setattr__(self, "vectors", (vectors,) if isinstance(vectors, str) else vectors)
         if not self.vectors or not set(self.vectors) <= {"d", "b"}:
-            raise invalid("vectors", self.vectors, "a choice of 'd' and 'b'")
+            raise invalid("vectors", self.vectors, "'d', 'b' or both")
         for name in ("reset_optimizer_state", "preserve_function"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "true or false")
@@ -196,9 +198,9 @@ class ReinitSchedule:
             return moment
         if total is None:
             raise ValueError(
-                f"{name}={moment} is a fraction of the run, which has no end that is known (max_steps and "
-                "max_epochs are unlimited, or the data has no length): give start and stop as integers, in "
-                "optimizer steps, or set max_steps or limit_train_batches, or reinit=None."
+                f"{name}={moment} is a fraction of the run, whose length is not known (max_steps and "
+                "max_epochs are unlimited, or the data has no length); give start and stop as integers "
+                "(optimizer steps), set max_steps or limit_train_batches, or use reinit=None."
             )
         return round(moment * total)
 

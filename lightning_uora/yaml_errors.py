@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ __all__ = ["one_line_errors", "reason"]
 # exception of ours gets past that. What the deepest class in the list said is what the user wants to know.
 
 UNION, WITHIN, KEY = "Does not validate", "Problem with given class_path", "Parser key"
-ITS_OWN = (UNION, WITHIN, "Expected a", "Not a valid", "a class path", "a dict ")
+ITS_OWN = (UNION, WITHIN, KEY, "Expected a", "Not a valid", "a class path", "a dict ")
 """How the lines begin that jsonargparse writes about the types that a value might have had."""
 LONGEST = 400
 
@@ -26,30 +25,28 @@ LONGEST = 400
 def reason(message: str) -> str:
     """What was wrong, out of jsonargparse's list; the message in one line where it is no such list."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
+    bare = [line.removeprefix("- ") for line in lines]
+    last = next((n for n in reversed(range(len(bare))) if bare[n].startswith((WITHIN, KEY))), None)
     said = [line[2:] for line in lines if line.startswith("- ") and not line[2:].startswith(ITS_OWN)]
     if said:
         return said[0]
-    deepest = [number for number, line in enumerate(lines) if line.lstrip("- ").startswith(WITHIN)]
-    if not deepest:
+    if last is None:
         whole = " ".join(lines)
         return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]} ..."
-    place, rest = lines[deepest[-1]], lines[deepest[-1] + 1 :]
-    end = next((n for n, line in enumerate(rest) if line.startswith(("- ", "Given value"))), len(rest))
-    keys = [line.split('"')[1] for line in rest[:end] if line.startswith(KEY)]
-    told = [line for line in rest[:end] if not line.startswith((KEY, UNION, "Errors:"))]
-    if told and told[0].startswith("Subtypes:"):
-        given = next((line for line in rest if line.startswith("Given value:")), "")
-        told = [f"none of {told[0].removeprefix('Subtypes: ')}. {given}"]
-    where = re.search(r"'([^']+)'", place)
-    return ": ".join([*([where[1]] if where else []), *keys, " ".join(told)])
+    key = f"{bare[last].split(chr(34))[1]}: " if bare[last].startswith(KEY) else ""
+    told = bare[last + 1 :]
+    if told and told[0].startswith(UNION):
+        given = next((line.partition(": ")[2] for line in told if line.startswith("Given value: ")), "")
+        return f"{key}{given!r} is none of {told[1].removeprefix('Subtypes: ')}"
+    return f"{key}{told[0] if told else bare[last]}"
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Around ``LightningCLI(...)``: what YAML or flags have wrong is one line, and exit code 2.
 
-    That is a name or a value that jsonargparse or a class refuses, and what this package refuses of a model
-    (targets that match nothing). What else is raised, in training say, goes through as it is. See Note
+    Those are a name or a value that jsonargparse or a class refuses, and what this package refuses of a model
+    (targets that match nothing). Errors raised later, such as in training, pass through unchanged. See Note
     [Refused values from YAML].
 
     Example::

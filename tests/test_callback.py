@@ -114,7 +114,7 @@ def test_parameters_without_gradient_are_reported_by_name():
             self.spare = nn.Linear(6, 6)
 
     with pytest.warns(
-        UserWarning, match="first optimizer step for spare.uora_d, spare.uora_b: these parameters do not"
+        UserWarning, match="first optimizer step for spare.uora_d, spare.uora_b: the loss does not reach"
     ):
         trainer(callback()).fit(Unused(), data())
 

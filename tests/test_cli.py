@@ -59,7 +59,7 @@ def test_merged_checkpoint_is_read_by_the_plain_class(tmp_path):
 def test_an_adapter_checkpoint_is_merged_through_its_class(tmp_path, capsys):
     _, model, path = checkpoint(tmp_path, "adapter")
     assert main(["merge", str(path), str(tmp_path / "plain.ckpt")]) == 2
-    assert "name the class that builds it: --class" in capsys.readouterr().err
+    assert "name the class that builds the base: --class" in capsys.readouterr().err
     torch.manual_seed(4)
     options = ["--class", "tests.toys:Toy"]
     assert main(["merge", str(path), str(tmp_path / "plain.ckpt"), *options]) == 0
@@ -138,17 +138,17 @@ def test_a_file_that_cannot_tell_what_is_tied_says_so(tmp_path, capsys):
     _, model, _ = tied_checkpoint(tmp_path)
     save_adapter(model, tmp_path / "folder")
     assert main(["export", str(tmp_path / "folder"), str(tmp_path / "peft")]) == 0
-    assert "does not tell whether another module shares 'head.weight'" in capsys.readouterr().out
+    assert "does not show whether another module shares" in capsys.readouterr().out
     _, _, path = checkpoint(tmp_path, "adapter")
     assert main(["export", str(path), str(tmp_path / "other")]) == 0
     assert "does not tell" not in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*is one weight with")
+@pytest.mark.filterwarnings("ignore:.* are one weight")
 def test_a_tied_weight_that_is_adapted_under_its_other_name_is_refused(tmp_path, capsys):
     _, _, path = tied_checkpoint(tmp_path, target_modules=["body.0", "first"])
     assert main(["export", str(path), str(tmp_path / "peft")]) == 2
-    assert "PEFT has no place for that" in capsys.readouterr().err
+    assert "PEFT cannot store that" in capsys.readouterr().err
     assert not (tmp_path / "peft").exists()
 
 
@@ -175,7 +175,7 @@ def test_max_rank_is_kept_and_its_error_printed(tmp_path, capsys, max_rank: int)
     said, wrote = capsys.readouterr().out.splitlines()
     assert f"of rank {max_rank}" in wrote
     if max_rank == 4:
-        assert said == "max_rank=4: no layer is above it; the export is exact."
+        assert said == "max_rank=4: no layer has a higher rank; the export is exact."
         return
     updates = [module.delta_weight().detach().double() for _, module in named_adapters(model)]
     lost = [torch.linalg.svdvals(update)[max_rank:].norm() for update in updates]
@@ -215,7 +215,7 @@ def test_show_tells_what_is_there(tmp_path, capsys, monkeypatch):
         assert rows["adapted modules"] == "2: body.0, body.2"
         assert rows["refreshes"] == "3, 12 rows and columns"
         assert rows["d and b"] == f"{VECTORS} bytes"
-        assert rows["trained besides"] == f"{HEAD} bytes in 2: head.weight, head.bias"
+        assert rows["also trained"] == f"{HEAD} bytes in 2: head.weight, head.bias"
         assert not any(said.startswith("0 bytes") for said in rows.values())
     assert found["full"]["what"] == "a full checkpoint: the whole model with its adapters"
     assert "the rest of the model" in found["full"]
@@ -251,7 +251,7 @@ def test_show_tells_of_A_from_the_inputs(tmp_path, capsys, monkeypatch):
     )
     assert rows["A"] == f"{2 * 2 * (7 + 5)} bytes"
     assert "B" not in rows
-    assert "trained besides" not in rows
+    assert "also trained" not in rows
 
 
 class Seeded(Toy):
@@ -336,7 +336,8 @@ def test_what_exists_is_written_over_by_force_alone(tmp_path, capsys):
         capsys.readouterr()
         assert main(arguments) == 2
         assert (
-            capsys.readouterr().err == f"uora: {out} exists; name another OUT, or write over it by --force.\n"
+            capsys.readouterr().err
+            == f"uora: {out} already exists; choose another OUT, or overwrite it with --force.\n"
         )
         assert first.read_bytes() == b"mine"
         assert main([*arguments, "--force"]) == 0
@@ -379,7 +380,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_without_advice_to_run_it(conte
     path = tmp_path / "mymod.py"
     path.write_bytes(content)
     assert main(["show", str(path)]) == 2
-    said = "is damaged or not a checkpoint: torch.save did not write it, or not all of it."
+    said = "is damaged or not a checkpoint: torch.save did not write it, or did not finish."
     assert capsys.readouterr().err == f"uora: {path} {said}\n"
 
 
@@ -410,7 +411,7 @@ class Needy(Toy):
         ),
         (
             ["merge", "{tmp}/folder", "{tmp}/out", "--class", "tests.test_cli:Needy"],
-            "could not be built without arguments, and an adapter folder holds none: ",
+            "could not be built without arguments, and an adapter folder stores none: ",
         ),
         (
             ["merge", "{tmp}/folder", "{tmp}/out", "--class", "tests.toys:data"],
@@ -418,15 +419,15 @@ class Needy(Toy):
         ),
         (
             ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys:data"],
-            "is no LightningModule's class",
+            "is not a LightningModule class",
         ),
         (["merge", "{tmp}/peft", "{tmp}/out"], "is an adapter folder of PEFT"),
         (["show", "{tmp}/peft"], "is an adapter folder of PEFT"),
         (["show", "{tmp}/shards"], "is a folder of shards"),
-        (["merge", "{tmp}", "{tmp}/out"], "name one of its files: adapter.ckpt, broken.ckpt"),
+        (["merge", "{tmp}", "{tmp}/out"], "give one of its files: adapter.ckpt, broken.ckpt"),
         (["merge", "{tmp}/other", "{tmp}/out"], "it holds notes.txt"),
         (["merge", "{tmp}/empty", "{tmp}/out"], "it is empty"),
-        (["merge", "{tmp}/full.ckpt", "{tmp}/empty", "--force"], "is a folder; merge writes a file"),
+        (["merge", "{tmp}/full.ckpt", "{tmp}/empty", "--force"], "is a folder, but merge writes a file"),
         (
             ["merge", "{tmp}/adapter.ckpt", "{tmp}/out", "--class", "tests.toys:Thing"],
             "has no attribute 'Thing'",
@@ -540,5 +541,5 @@ def test_a_merge_into_a_file_of_a_shared_weight_is_refused(tmp_path, capsys, kin
     named = ["--class", "tests.test_cli:TiedToy"] if kind == "adapter" else []
     torch.manual_seed(4)
     assert main(["merge", str(path), str(tmp_path / "plain.ckpt"), *named]) == 2
-    assert "is one with another weight of the model" in capsys.readouterr().err
+    assert "is also another weight of the model" in capsys.readouterr().err
     assert not (tmp_path / "plain.ckpt").exists()

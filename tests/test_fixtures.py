@@ -44,7 +44,7 @@ def test_checkpoints_resume_to_the_same_end(kind: str):
     trainer = Trainer(
         accelerator="cpu", max_steps=STEPS, callbacks=[callback], enable_checkpointing=False, **options
     )
-    with pytest.warns(UserWarning, match=r"checkpoint is of a run whose AdamW had no group for the vectors"):
+    with pytest.warns(UserWarning, match=r"In the checkpoint's run AdamW had no group for the vectors"):
         trainer.fit(module, batches(), ckpt_path=FOLDER / f"{kind}.ckpt")
     assert [entry["step"] for entry in callback.refreshes] == [2, 4, 6, 8]
     assert SAVED_AT == 7

@@ -103,7 +103,7 @@ def test_help_explains_every_argument_of_the_callback(monkeypatch, folder, capsy
     asked = "--trainer.callbacks.help=lightning_uora.UORACallback"
     assert cli(monkeypatch, folder, "fit", asked) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("Directions r of the shared projections", "which weak rows of A and B are refreshed"):
+    for words in ("Directions r of the shared projections", "when to refresh weak rows of A and B"):
         assert words in text
     assert "--trainer.callbacks.reinit.help" in text
     assert "type: list" not in text

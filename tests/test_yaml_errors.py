@@ -38,21 +38,17 @@ REFUSED = [
     ({"rank": -1}, "rank=-1 is not allowed; rank must be an integer of at least 1."),
     ({"d_init": float("inf")}, "d_init=inf is not allowed; d_init must be a finite number."),
     ({"reinit": {"start": 0.5, "stop": 0.1}}, "stop=0.1 is not allowed; stop must be at least start=0.5."),
-    ({"reinit": {"growth": "inputs"}}, "growth='inputs' needs init='inputs', got init='orthogonal': A is"),
+    ({"reinit": {"growth": "inputs"}}, "growth='inputs' needs init='inputs', got init='orthogonal'"),
 ]
 
 
-CALLBACK = "lightning_uora.UORACallback"
 PARSED = [
-    ({"rank": "sixteen"}, f"{CALLBACK}: rank: Expected a <class 'int'>. Got value: sixteen"),
-    ({"rnk": 4}, f"{CALLBACK}: Option 'rnk' is not accepted"),
-    ({"init": "input"}, f"{CALLBACK}: init: Expected a typing.Literal['orthogonal',"),
-    ({"vector_lr": "fast"}, f"{CALLBACK}: vector_lr: none of [<class 'float'>, typing.Literal['auto'],"),
-    ({"reinit": {"treshold": 0.1}}, "lightning_uora.ReinitSchedule: Option 'treshold' is not accepted"),
-    (
-        {"reinit": {"threshold": "high"}},
-        "lightning_uora.ReinitSchedule: threshold: Expected a <class 'float'>",
-    ),
+    ({"rank": "sixteen"}, "rank: Expected a <class 'int'>. Got value: sixteen"),
+    ({"rnk": 4}, "Option 'rnk' is not accepted"),
+    ({"init": "input"}, "init: Expected a typing.Literal['orthogonal',"),
+    ({"vector_lr": "fast"}, "vector_lr: 'fast' is none of [<class 'float'>, typing.Literal['auto'],"),
+    ({"reinit": {"treshold": 0.1}}, "Option 'treshold' is not accepted"),
+    ({"reinit": {"threshold": "high"}}, "threshold: Expected a <class 'float'>. Got value: high"),
 ]
 OF_MODELS = [
     ({"target_modules": "boby.0"}, "target_modules='boby.0' matches no module."),

@@ -47,8 +47,9 @@ class AdaptedAround(AdaptedModule):
     @override
     def merged_weights(self) -> Any:
         raise ValueError(
-            f"the weight of a {self.original_class.__name__} is quantised, and an update would be lost in "
-            "its rounding; detach_uora(model, merge=True, dequantize=True) leaves plain Linear layers."
+            f"the weight of a {self.original_class.__name__} is quantised, and rounding would lose "
+            "the update; call detach_uora(model, merge=True, dequantize=True), which leaves plain "
+            "Linear layers."
         )
 
     @property

@@ -63,19 +63,19 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
 
     Promises: a fresh adapter leaves every output bit-equal, see Note [Equal bits]; module objects,
     parameters, their names and hooks stay; nothing of the base is copied; the global random state is not
-    touched; after an error the model is as it was. What trains is decided here and written down: a later
-    ``freeze()`` changes nothing of what a file will hold.
+    touched; after an error the model is unchanged. What trains is decided and recorded here: a later
+    ``freeze()`` does not change what is saved.
 
     Args:
-        model: Any module, not adapted yet; of a compiled one, what it wraps. May be on ``meta``: A and B are
-            then drawn when it gets storage.
+        model: Any module without adapters, compiled or not. It may be on ``meta``: A and B are then drawn
+            when it gets storage.
         config: What to adapt and how.
 
     Returns:
         Names of the adapted modules, in model order, without what ``torch.compile`` and other wrappers add.
 
     Raises:
-        ValueError: The model is adapted already; targets match nothing (near misses are named), cannot be
+        ValueError: The model is already adapted; targets match nothing (near misses are named), cannot be
             adapted, or hold non-finite weights.
 
     Example:
@@ -90,7 +90,7 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
     """
     if is_adapted(model):
         raise ValueError(
-            "model is adapted already; call detach_uora(model) first, or keep the adapters it has."
+            "model is already adapted; call detach_uora(model) first, or keep the adapters it has."
         )
     adapted = attach_beside(model, config)
     if said := never_moved(unwrapped(model)):
@@ -163,38 +163,46 @@ def detach_uora(
 ) -> None:
     """Undo :func:`attach_uora`: classes, state-dict keys and ``requires_grad`` are exactly as before.
 
-    Of several adapters all go.
+    If there are several adapters, all of them go.
 
     Args:
-        model: The adapted model, or any module around it (all adapted roots in it) or part of it (the
-            adapters in that part).
+        model: The adapted model, a module around it (every adapted model inside is detached), or a part of it
+            (only the adapters in that part go).
         merge: Leave the effective weight in each adapted parameter. It is computed in float32 at least, and
-            every one is checked to be finite before any parameter changes. A weight that other modules share
-            is theirs as it was; the merged one becomes the adapted module's own.
-        dequantize: With ``merge``, put a plain ``nn.Linear`` in the place of every adapted quantised layer,
-            in the dtype that its weight stands for: an update would be lost in the rounding of the quantised.
-        name: Of the adapter whose update is merged and whose heads stay; None: the one that computes. A
-            mapping, such as ``{"one": 0.7, "two": 0.3}``, merges the weighted sum of their updates, which is
-            exact; heads stay of the one that has some.
+            all are checked to be finite before any parameter changes. If another module shares the weight,
+            that module keeps the old one, and the adapted module gets the merged one for itself.
+        dequantize: With ``merge``, replace every adapted quantised layer with a plain ``nn.Linear``, in the
+            dtype that its weight stands for. In a quantised weight, rounding would lose the update.
+        name: Which adapter to merge; its heads stay. None: the active one. A mapping, such as
+            ``{"one": 0.7, "two": 0.3}``, merges the weighted sum of their updates, which is exact; if one of
+            them has trained heads, those stay.
 
     Raises:
-        ValueError: The model is not adapted, or is sharded, or a merged weight is not finite (it names the
-            module), or an adapted layer is quantised and ``dequantize`` is False; adapters to be summed have
-            different heads. The model is then as it was.
+        ValueError: The model is not adapted or is sharded; a merged weight is not finite (the module is
+            named); an adapted layer is quantised and ``dequantize`` is False; the adapters to be summed have
+            different heads. The model is then unchanged.
     """
     found = require_attachments(model, "detach_uora")
     if is_sharded(model):
         raise ValueError(
-            "model is sharded, and its shards know its adapters; save a checkpoint and detach where "
-            "load_from_checkpoint brings it back whole, or merge the file with `uora merge`."
+            "model is sharded, and a sharded model cannot be detached; save a checkpoint, then "
+            "detach the module that load_from_checkpoint returns, or merge the file with `uora "
+            "merge`."
         )
     if dequantize and not merge:
-        raise ValueError("dequantize=True is for merge=True: without it the layers stay as they were.")
+        raise ValueError(
+            "dequantize=True needs merge=True; without merging, quantised layers stay quantised."
+        )
     _refuse_in_a_mixed_batch(found, "detach_uora")
     if not (name is None or isinstance(name, (str, Mapping))):
-        raise ValueError(f"name={name!r} is not allowed; it is one adapter's name, or weights by name.")
+        raise ValueError(
+            f"name={name!r} is not allowed; name must be an adapter's name, or a mapping from names "
+            "to weights."
+        )
     if isinstance(name, Mapping) and not merge:
-        raise ValueError("a mapping of names is for merge=True; without it name is one adapter's, or None.")
+        raise ValueError(
+            "name can be a mapping only with merge=True; without it, give one adapter's name or None."
+        )
     plain: list[tuple[nn.Module, nn.Linear]] = []
     before = found[0].owner.name
     try:
@@ -219,7 +227,10 @@ def detach_uora(
 
 def _refuse_in_a_mixed_batch(found: list[Attachment], action: str) -> None:
     if any(one.owner.mixing for one in found):
-        raise ValueError(f"{action} inside of use_adapters would change the batch that runs; leave it first.")
+        raise ValueError(
+            f"{action} inside use_adapters would change the batch that is running; leave the `with` "
+            "block first."
+        )
 
 
 def _detach(one: Attachment) -> None:
@@ -244,17 +255,17 @@ def named_adapters(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedMo
 def named_adapters(
     model: nn.Module, name: str | None = None
 ) -> Iterator[tuple[str, AdaptedModule]] | Iterator[tuple[str, AdaptedModule | LayerOf]]:
-    """(module name, adapted module) in model order; names are without what wrappers add.
+    """The adapted modules with their names, in model order; names are without what wrappers add.
 
-    Each has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, shaped like its weight.
+    Each has ``.uora_d`` (r,), ``.uora_b`` (m,) and ``.delta_weight()``, which has the shape of its weight.
 
     Args:
         model: Any module.
-        name: Of an adapter; of one that waits come stand-ins for its modules, with these three. None: of what
-            computes.
+        name: Which adapter; None: the active one. For an inactive one you get stand-ins for its modules, with
+            the same three attributes.
 
     Raises:
-        ValueError: No adapter is called so.
+        ValueError: No adapter has that name.
     """
     if name is not None:
         require_known(model, name)
@@ -273,18 +284,18 @@ def param_groups(
     weight_decay: float | None = None,
     name: str | None = None,
 ) -> list[dict[str, object]]:
-    """What trains, as groups for an optimizer: the vectors d and b at a rate of their own, not decayed.
+    """Optimizer groups of what trains: the vectors d and b with their own rate and no weight decay, the rest.
 
-    The first group, ``"others"``, is what trains besides the vectors; the second, ``"uora_vectors"``, d and
-    b. Of a model without adapters, one group of what trains; so one ``configure_optimizers`` serves both.
+    The first group, ``"others"``, holds what trains besides the vectors. The second, ``"uora_vectors"``,
+    holds d and b. A model without adapters gives one group, so one ``configure_optimizers`` serves both.
 
     Args:
-        model: Any module, most often ``self`` in ``configure_optimizers``.
+        model: Any module, usually ``self`` in ``configure_optimizers``.
         lr: Learning rate of what trains besides the vectors (the head, biases).
         vector_lr: Learning rate of d and b: about 1e-2 under AdamW, whatever ``lr`` is.
-        weight_decay: For all but the vectors; None: the optimizer's own.
-        name: Of one of several adapters, whether it computes or waits, to train several at once; its groups
-            are then called ``"NAME/others"`` and ``"NAME/uora_vectors"``.
+        weight_decay: For everything but the vectors; None: the optimizer's own.
+        name: Which of several adapters, active or not, to train several at once. Its groups are then called
+            ``"NAME/others"`` and ``"NAME/uora_vectors"``. None: the active one.
 
     Raises:
         ValueError: Nothing trains, or no adapter has that name.
@@ -318,19 +329,21 @@ def param_groups(
     if weight_decay is not None:
         groups[0]["weight_decay"] = weight_decay
     if not trained:
-        raise ValueError("no parameter of the model trains; call attach_uora or name trainable_modules.")
+        raise ValueError(
+            "no parameter of the model trains; call attach_uora first, or unfreeze what should train."
+        )
     return [group for group in groups if group["params"]]
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The frozen base's weights inside the ``with``: adapted modules compute as if they had no adapter.
+    """Inside the ``with``, the model computes with the frozen base's weights, as if it had no adapter.
 
-    Bit-equal to the base whose weights want no gradient either, see Note [Equal bits]. Re-entrant;
-    restored after exceptions. Heads and biases that were trained stay trained.
+    Outputs are bit-equal to those of a base whose weights want no gradient either, see Note [Equal bits]. You
+    can nest it, and the adapters come back after exceptions too. Trained heads and biases stay trained.
 
     Args:
-        model: The adapted model, or any module around it or part of it.
+        model: The adapted model, a module around it, or a part of it.
 
     Raises:
         ValueError: The model is not adapted.

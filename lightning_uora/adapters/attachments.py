@@ -113,7 +113,7 @@ def attachment_of(model: nn.Module, action: str) -> Attachment:
     if len(found) > 1:
         where = ", ".join(f"{one.path or 'the module itself'} ({_layers_in_words(one)})" for one in found)
         raise ValueError(
-            f"{action} takes one adapted model, and here are several: {where}; give one of them."
+            f"{action} takes one adapted model, but there are several here: {where}; pass one of them."
         )
     return found[0]
 

@@ -46,9 +46,9 @@ class EffectiveWeight(Tensor):
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refused, as parametrisations do it."""
         raise ValueError(
-            "an adapted layer's weight takes no other memory (set_), and cannot be parametrised, pruned or "
-            "removed: call detach_uora(model, merge=True) first, or do it before attach_uora and exclude the "
-            "layer."
+            "an adapted layer's weight cannot be given other memory (set_), and cannot be "
+            "parametrised, pruned or removed: call detach_uora(model, merge=True) first, or do it "
+            "before attach_uora and exclude the layer."
         )
 
     def _uora_part(self, found: Tensor) -> Tensor:
@@ -136,8 +136,9 @@ class MixedWeight(Tensor):
                 return func(*args, **(kwargs or {}))
         named = next((a.uora_of for a in args if isinstance(a, MixedWeight)), "an adapted module")
         raise ValueError(
-            f"the weight of {named!r} is read by another module, and in a mixed batch every sample has its "
-            "own; exclude it from the adapters by exclude_modules, or give use_adapters one name at a time."
+            f"another module reads the weight of {named!r}, and in a mixed batch that weight differs "
+            "by sample; exclude that layer with exclude_modules, or give use_adapters one name at a "
+            "time."
         )
 
 

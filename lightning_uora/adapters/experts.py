@@ -64,7 +64,8 @@ class AdaptedExperts(AdaptedModule):
         """Where the weight is built."""
         if self.dropping and first_rank():
             warnings.warn(
-                f"{self.leaf} of a {type(self.host).__name__} is built: dropout is not applied there.",
+                f"{self.leaf} of a {type(self.host).__name__} is used without dropout, because its weight "
+                "is built whole; set dropout=0.0.",
                 stacklevel=4,
             )
 
@@ -100,8 +101,8 @@ class AdaptedExperts(AdaptedModule):
         if self.uora_d.is_meta and not W.is_meta:
             raise ValueError(
                 f"experts {adapter.owner.adapted[adapter.index]!r} were offloaded after their adapter was "
-                "attached, and its vectors are gone from here; attach (or load) it after dispatch_model and "
-                "cpu_offload."
+                "attached, which took its vectors away; call attach_uora or load_adapter after "
+                "dispatch_model and cpu_offload."
             )
         read = ExpertsWeight(self, W, None, part.transposed)
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -142,7 +143,7 @@ class Home(nn.Module):
             self._parameters[name] = value
         elif isinstance(value, ExpertsWeight):
             raise ValueError(
-                f"{name} of adapted experts can become another nn.Parameter, not what it reads as."
+                f"{name} of adapted experts can only be set to an nn.Parameter, not to what you read from it."
             )
         elif value is not self._parameters[name]:
             layer._uora_assign(name, value)

@@ -40,8 +40,8 @@ class AdaptedLinear(AdaptedModule):
         if isinstance(self._parameters[name], DTensor):
             raise ValueError(
                 f"{name} of a {self.original_class.__name__} is still sharded in its forward (tensor "
-                "parallelism?) and would lose its adapter; shard with fully_shard instead, and call the "
-                "module that it was called on."
+                "parallelism?), so its adapter would have no effect; use fully_shard instead, and call "
+                "the module that you gave to fully_shard."
             )
 
     def _uora_prefers_factored(self, x: Tensor) -> bool:

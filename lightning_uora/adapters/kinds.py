@@ -109,7 +109,10 @@ def unsupported(name: str, module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, as a sentence that names it; None when it can."""
     kind = type(module).__name__
     if hasattr(module, "uora_d"):
-        return f"module {name!r} has an adapter already; leave it out by exclude_modules, call detach_uora first, or train another on the same layers under an adapter_name."
+        return (
+            f"module {name!r} is already adapted; leave it out with exclude_modules, call detach_uora first, "
+            "or train another adapter on the same layers with adapter_name."
+        )
     if not is_supported(module):
         return f"module {name!r} is a {kind}; UORA adapts {SUPPORTED}. Choose other target_modules."
     if torch.nn.utils.parametrize.is_parametrized(module):

@@ -185,8 +185,9 @@ class AdaptedModule(nn.Module):
         owner, index, device = self._uora.owner, self._uora.index, self.uora_d.device
         if HOOK in self.__dict__ and sees_vectors(self) and self._uora_needs_grad():
             raise ValueError(
-                f"module {owner.adapted[index]!r} was offloaded after its adapter was attached, so nothing "
-                "that it learns would stay; attach (or load) it after dispatch_model and cpu_offload."
+                f"module {owner.adapted[index]!r} was offloaded after its adapter was attached, so what "
+                "it learns would be lost; call attach_uora or load_adapter after dispatch_model and "
+                "cpu_offload."
             )
         A, B, own = owner.sources(n, self._uora.m, index)
         if A.device != device or B.device != device:
@@ -213,7 +214,8 @@ class AdaptedModule(nn.Module):
         part = adapter.parts[name]
         if self.training and adapter.owner.config.dropout > 0.0 and first_rank():
             warnings.warn(
-                f"{name} of a {type(self).__name__} is read directly: dropout is not applied there.",
+                f"{name} of a {type(self).__name__} is used without dropout, because its weight is read "
+                "without calling the layer; set dropout=0.0.",
                 stacklevel=3,
             )
         sources = (W, *self._uora_sources(part.n))
@@ -310,8 +312,8 @@ class AdaptedModule(nn.Module):
         if old is None or value is None or value.shape != old.shape:
             shape = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
             raise ValueError(
-                f"{name} of an adapted {self.original_class.__name__} can become another nn.Parameter of its "
-                f"shape {tuple(getattr(old, 'shape', ()))}, not a {shape}; {DETACH_FIRST}."
+                f"{name} of an adapted {self.original_class.__name__} can only be set to an nn.Parameter "
+                f"of its shape {tuple(getattr(old, 'shape', ()))}, not to a {shape}; {DETACH_FIRST}."
             )
         if not value.is_meta and not self.uora_b.is_meta and bool(self.uora_b.any()):
             value = nn.Parameter(self._uora_base(name, value).to(value.dtype))

@@ -38,7 +38,7 @@ def merged(model: nn.Module, updates: Updates, dequantize: bool) -> list[tuple[n
     away = next((path for path, mine in updates.items() if is_offloaded(home(mine[0][0].module))), None)
     if away is not None:
         raise ValueError(
-            f"module {away!r} is offloaded, and a merged weight would be lost with its next forward; load "
+            f"module {away!r} is offloaded, and its next forward would lose the merged weight; load "
             "the model without offloading, load the adapter, and merge there. Nothing was merged."
         )
     plain: list[tuple[nn.Module, nn.Linear]] = []
@@ -90,11 +90,14 @@ def _require_plain_wanted(model: nn.Module, path: str, module: nn.Module, dequan
     if not dequantize:
         kind = getattr(type(module), "uora_original", type(module)).__name__
         raise ValueError(
-            f"module {path!r} ({kind}) is quantised, and an update would be lost in its rounding; "
-            "detach_uora(model, merge=True, dequantize=True) leaves plain Linear layers."
+            f"module {path!r} ({kind}) is quantised, and rounding would lose the update; call "
+            "detach_uora(model, merge=True, dequantize=True), which leaves plain Linear layers."
         )
     if module is model:
-        raise ValueError("the model itself is a quantised layer; put it into a module to dequantise it.")
+        raise ValueError(
+            "the model itself is a quantised layer; put it into a module, such as "
+            "nn.Sequential(layer), to dequantise it."
+        )
 
 
 def exchange(model: nn.Module, pairs: list[tuple[nn.Module, nn.Linear]]) -> None:
@@ -166,8 +169,9 @@ def whose_heads_stay(model: nn.Module, weights: Mapping[str, float]) -> str:
         different = [n for n in {**first, **second} if not _equal(first.get(n), second.get(n))]
         if different:
             raise ValueError(
-                f"adapters {holders[0]!r} and {other!r} have each trained {different[0]!r}, and a sum of "
-                "heads is none; load all but one with load_adapter(..., head=False). Nothing was merged."
+                f"adapters {holders[0]!r} and {other!r} have each trained {different[0]!r}, and "
+                "trained heads cannot be added up; load all but one with load_adapter(..., "
+                "head=False). Nothing was merged."
             )
     return (holders or list(weights))[0]
 

@@ -57,7 +57,8 @@ class Mix:
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if first is not None and first.shape[0] != len(self.index) and not self.generating:
             raise ValueError(
-                f"the batch has {first.shape[0]} samples, and use_adapters was given {len(self.index)} names."
+                f"the batch has {first.shape[0]} samples, but use_adapters was given {len(self.index)} "
+                "names; give one for each sample."
             )
 
     def generate(self, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ class Mix:
         batch = len(self.index)
         if x.shape[0] % batch:
             raise ValueError(
-                f"{what} gets a batch of {x.shape[0]}, and use_adapters was given {batch} names; give one "
+                f"{what} gets a batch of {x.shape[0]}, but use_adapters was given {batch} names; give one "
                 "for each sample."
             )
         return x.shape[0] // batch
@@ -245,8 +246,8 @@ def by_block(module: nn.Module, path: str, mix: Mix, stacks: Stacks, *args: Any,
     strange = [type(v).__name__ for v in (*args, *kwargs.values()) if not isinstance(v, (*PLAIN, type(None)))]
     if strange and len(set(mix.index)) > 1:
         raise ValueError(
-            f"block {path!r} around experts is given a {strange[0]}, which cannot be split into the samples "
-            "of each adapter; give use_adapters one name."
+            f"block {path!r} around experts receives a value of type {strange[0]}, which cannot be "
+            "split by adapter; give use_adapters one name at a time."
         )
 
     def run(number: int, given: Sequence[Any], named: dict[str, Any]) -> Any:
@@ -372,13 +373,16 @@ def _joined(outs: list[Any], places: list[Rows], size: int, path: str) -> Any:
         isinstance(o, Tensor) and o.dim() and o.shape[0] % c == 0 for o, c in zip(outs, counts, strict=True)
     ):
         what = type(first).__name__ if not isinstance(first, Tensor) else f"a tensor {tuple(first.shape)}"
-        raise ValueError(f"{path!r} puts out {what}, which is not of single samples, and cannot be mixed.")
+        raise ValueError(
+            f"{path!r} returns {what}, which cannot be split into samples, so adapters cannot be "
+            "mixed; give use_adapters one name at a time."
+        )
     shapes = {tuple(out.shape[1:]) for out in outs}
     pers = {out.shape[0] // count for out, count in zip(outs, counts, strict=True)}
     if len(shapes) > 1 or len(pers) > 1:
         told = ", ".join(map(str, sorted({tuple(out.shape) for out in outs} if len(pers) > 1 else shapes)))
         raise ValueError(
-            f"{path!r} puts out {told} for different adapters; a batch mixes those of one shape."
+            f"{path!r} returns shapes {told} for different adapters; within one batch they must be equal."
         )
     whole = torch.cat(outs)
     starts = [h.start for h in places if isinstance(h, slice)]

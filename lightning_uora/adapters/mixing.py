@@ -48,25 +48,26 @@ __all__ = ["use_adapters"]
 
 @contextmanager
 def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, sample i of the batch computes with adapter ``names[i]``; None: with the base.
+    """Inside the ``with``, sample i of the batch computes with adapter ``names[i]``; None: with the base.
 
-    Forward and backward: every adapter that is named gets its gradient, the others none. Equal to each sample
-    with its adapter alone, to rounding. Heads that were trained with an adapter compute for its samples; for
-    an adapter that trained none those that the model had before it; for None those of the adapter in use.
-    Wherever an adapted or exchanged module is called, the first axis of its input has to be the batch, or the
-    batch times something, sample after sample: a model that goes on with (tokens, batch) or sorts windows
-    first is not mixed rightly where the sizes happen to divide; compare a batch with ``set_adapter`` once.
-    Adapters are not added, set or removed inside, and nothing is refreshed. Running statistics (BatchNorm)
-    are shared by all. See Note [How a batch is mixed].
+    It works forward and backward: adapters that are named get gradients, the others none. To rounding, each
+    sample comes out as with its adapter alone. Heads go with their adapter: an adapter that trained none uses
+    the heads that the model had before it, and None uses those of the active adapter.
+
+    Wherever an adapted layer or a trained head is called, the first axis of its input must be the batch, or a
+    multiple of it, sample after sample. A model that goes on with (tokens, batch), or sorts windows first, is
+    mixed wrongly if the sizes happen to divide: compare one batch with ``set_adapter``. Inside, adapters
+    cannot be added, set or removed, and nothing is refreshed. All adapters share running statistics
+    (BatchNorm). See Note [How a batch is mixed].
 
     Args:
-        model: The adapted model, one around it, or a part of it.
+        model: The adapted model, a module around it, or a part of it.
         names: One for each sample, along the first axis of every input.
 
     Raises:
         ValueError: No adapter has that name; no name is given; a layer cannot be mixed (attention that is
-            not batch first); in a forward: a batch of another size (the model's, where it is what adapters
-            were attached to; inside of ``generate`` a multiple), heads of different shapes, routers' outputs.
+            not batch first). In a forward: the batch has another size (inside ``generate`` a multiple is
+            allowed), heads have different shapes, or routers' outputs are asked for.
 
     Example:
         >>> import torch
@@ -119,7 +120,9 @@ def _as_list(names: Any) -> list[str | None]:
     if isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping)):
         given = list(names)
     if not given or not all(name is None or isinstance(name, str) for name in given):
-        raise ValueError("names is one name for each sample of the batch, such as ['one', None, 'two'].")
+        raise ValueError(
+            "names must be a list of one name for each sample of the batch, such as ['one', None, 'two']."
+        )
     return given
 
 
@@ -134,8 +137,8 @@ def _require_batch_first(root: nn.Module, paths: Iterable[str]) -> None:
             one.startswith(prefix) for one in chosen
         ):
             raise ValueError(
-                f"{type(module).__name__} {path!r} is not batch first, and what it is part of cannot be "
-                "mixed in a batch; set its adapters one after the other."
+                f"{type(module).__name__} {path!r} is not batch first, so a batch that it sees cannot mix "
+                "adapters; build it with batch_first=True, or give use_adapters one name at a time."
             )
 
 

@@ -49,8 +49,8 @@ def require_no_records(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     config = getattr(model, "config", None)
     if wanted or (wanted is None and getattr(config, "output_router_logits", False)):
         raise ValueError(
-            "output_router_logits=True: a mixed batch computes experts once for each adapter, and routers "
-            "would be recorded as often; set it to False, or give use_adapters one name."
+            "output_router_logits=True does not work in a mixed batch, where each router runs once "
+            "for each adapter; set it to False, or give use_adapters one name at a time."
         )
 
 

@@ -64,8 +64,8 @@ def unreachable(name: str, module: nn.Module) -> str | None:
     if "forward" not in module.__dict__ or KEPT_FORWARD in module.__dict__:
         return None
     return (
-        f"module {name!r} ({type(module).__name__}) is quantised and has another forward on its instance, "
-        "which an adapter would not reach; exclude it by exclude_modules."
+        f"module {name!r} ({type(module).__name__}) is quantised and its instance has a forward "
+        "of its own, which would bypass the adapter; exclude it with exclude_modules."
     )
 
 
@@ -160,15 +160,15 @@ def require_linear(name: str, module: nn.Module, general: torch.dtype) -> None:
             tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images
         ]
         raise ValueError(
-            f"module {name!r} ({type(module).__name__}) is quantised and no linear map: it makes "
-            f"{found[0]} of inputs of shape {tuple(x.shape)}, where its out_features say {m}; exclude it by "
+            f"module {name!r} ({type(module).__name__}) is quantised and not a linear map: inputs of "
+            f"shape {tuple(x.shape)} give {found[0]}, but its out_features is {m}; exclude it with "
             "exclude_modules."
         )
     of_sum, of_x, of_y, of_zero = (image.float() for image in images)
     if (of_sum + of_zero - of_x - of_y).norm() > TOLERANCE * (of_sum - of_zero).norm():
         raise ValueError(
-            f"module {name!r} ({type(module).__name__}) is quantised and no linear map: its image of a sum "
-            "is not the sum of images; exclude it by exclude_modules."
+            f"module {name!r} ({type(module).__name__}) is quantised and not a linear map: f(x + y) + "
+            "f(0) differs from f(x) + f(y); exclude it with exclude_modules."
         )
 
 

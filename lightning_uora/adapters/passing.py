@@ -69,7 +69,7 @@ def tied_beyond(model: nn.Module, trained: tuple[str, ...]) -> Iterator[str]:
     for name, p in every.items():
         mine = named.get(id(p))
         if mine is not None and mine != name and not (name.startswith(within) or name in trained):
-            yield f"{mine} is one weight with {name}: training one trains both."
+            yield f"{mine} and {name} are one weight: training one trains both."
 
 
 def passed_by(
@@ -108,7 +108,8 @@ def passed_by(
     if found:
         share = sum(found.values()) / (sum(found.values()) + sum(sizes))
         yield (
-            f"target_modules={presets[0]!r} passes by {', '.join(map(repr, found))}: {share:.0%} of the "
-            "weights in the blocks that it adapts are in no layer of a kind that can be adapted, and stay "
-            "frozen. (Of experts, is_transposed on their module says which axis is which.)"
+            f"target_modules={presets[0]!r} does not adapt {', '.join(map(repr, found))}: {share:.0%} "
+            "of the weights in the adapted blocks are in modules that UORA cannot adapt, and stay "
+            "frozen. If they are experts, set is_transposed on their module (False: experts, "
+            "outputs, inputs)."
         )

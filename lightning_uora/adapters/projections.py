@@ -273,9 +273,9 @@ class Projections(nn.Module):
         """Raise ``ValueError`` where A should come from the inputs and does not yet."""
         if self.uncalibrated:
             raise ValueError(
-                f"{action} needs A, and with init='inputs' A is found by calibrate(model, batches), which "
-                "was not called yet; UORACallback calls it when training starts (Lightning's finders run "
-                "before that: calibrate by hand)."
+                f"{action} needs A, and with init='inputs' A comes from calibrate(model, batches); call "
+                "it first. UORACallback calls it when training starts, but Lightning's finders run "
+                "earlier: before them, call it yourself."
             )
 
     def resize(self, old: int, new: int, layer: int, others: set[int]) -> None:
@@ -501,8 +501,9 @@ class Projections(nn.Module):
         other = next((field for field, value in theirs.items() if value != mine.get(field)), "")
         if other:
             return (
-                f"the state dict lacks {min(absent)!r}, and its record is of {other}={theirs[other]!r}, here "
-                f"{other}={mine[other]!r}; attach with the configuration of the run, or keep A and B in it."
+                f"the state dict lacks {min(absent)!r}, and its run had {other}={theirs[other]!r}, but "
+                f"this model has {other}={mine[other]!r}; attach with the run's configuration, or keep A "
+                "and B in the state dict."
             )
         own, resized = self.config.share == "layer", set(map(whole_name, told.get("resized", ())))
         inputs = self.config.init == "inputs" and told.get("calibrated", False)
@@ -513,8 +514,8 @@ class Projections(nn.Module):
             return ""
         what = "A comes from the inputs" if lost[0][0] == "A" else "its layer was resized"
         return (
-            f"the state dict lacks {lost[0]!r}, which the record cannot bring back ({what}); keep it in the "
-            "state dict, or use save_adapter and load_adapter."
+            f"the state dict lacks {lost[0]!r}, which cannot be rebuilt from the record ({what}); "
+            "keep it in the state dict, or use save_adapter and load_adapter."
         )
 
     @torch.no_grad()
@@ -567,4 +568,6 @@ class Projections(nn.Module):
 def require_no_inference_mode(action: str) -> None:
     """Raise ``ValueError`` inside ``torch.inference_mode``: what is made there can never be trained."""
     if torch.is_inference_mode_enabled():
-        raise ValueError(f"{action} inside torch.inference_mode() would leave a model that cannot train.")
+        raise ValueError(
+            f"{action} inside torch.inference_mode() would leave a model that cannot train; call it outside."
+        )

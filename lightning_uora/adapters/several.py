@@ -35,15 +35,15 @@ __all__ = [
 def add_adapter(
     model: nn.Module, name: str, config: UORAConfig | None = None, trainable: bool = True
 ) -> list[str]:
-    """Put another adapter beside those that are there, and let it compute.
+    """Add another adapter to an adapted model and make it active.
 
     It starts fresh: its update is zero. What trains besides the vectors (heads, biases) starts as a copy of
-    what the model has there now. Adapters with the same rank, seed and draw share A and B in memory.
+    what the model has now. Adapters with the same rank, seed and draw share A and B in memory.
 
     Args:
-        model: The adapted model, one around it, or a part of it.
-        name: Not used yet; without a dot.
-        config: What to adapt and how; None: as the adapter that computes now, in the same layers.
+        model: The adapted model, a module around it, or a part of it.
+        name: A new name, without a dot.
+        config: What to adapt and how; None: the active adapter's configuration and layers.
         trainable: False: its parameters want no gradients.
 
     Returns:
@@ -51,7 +51,7 @@ def add_adapter(
 
     Raises:
         ValueError: The name is in use or not allowed; as :func:`~lightning_uora.attach_uora`. The model is
-            then as it was.
+            then unchanged.
     """
     one = the_only(model, "add_adapter")
     require_free(model, name)
@@ -108,23 +108,27 @@ def undo(one: Attachment) -> None:
 def require_name(name: object) -> None:
     """Raise ``ValueError`` for what cannot be the name of an adapter."""
     if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name={name!r} is not allowed: an adapter's name has no dot and is not empty.")
+        raise ValueError(
+            f"name={name!r} is not allowed; an adapter's name must not be empty or contain a dot."
+        )
 
 
 def require_free(model: nn.Module, name: str) -> None:
     """Raise ``ValueError`` where a name cannot be that of one more adapter."""
     require_name(name)
     if name in adapter_names(model):
-        raise ValueError(f"an adapter {name!r} is there already; remove it first, or choose another name.")
+        raise ValueError(
+            f"the model already has an adapter {name!r}; remove it first, or choose another name."
+        )
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Say which adapter computes.
+    """Make an adapter the active one, or go back to the base.
 
     Args:
-        model: The adapted model, one around it, or a part of it.
-        name: Of an adapter, with the heads that were trained with it; None: the frozen base's weights, until
-            an adapter is set again; heads stay those of the adapter in use.
+        model: The adapted model, a module around it, or a part of it.
+        name: Which adapter; the heads that were trained with it come along. None: the frozen base's weights,
+            until you set an adapter again; the heads stay those of the active adapter.
 
     Raises:
         ValueError: No adapter has that name (near misses are named).
@@ -144,15 +148,17 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter that does not compute.
+    """Remove an inactive adapter.
 
     Raises:
-        ValueError: No adapter has that name, or it is the one in use: set another one first, or detach_uora.
+        ValueError: No adapter has that name, or it is the active one: set another one first, or detach_uora.
     """
     one = the_only(model, "remove_adapter")
     require_known(model, name)
     if one.owner.name == name:
-        raise ValueError(f"{name!r} is the adapter in use; set_adapter another one first, or detach_uora.")
+        raise ValueError(
+            f"{name!r} is the active adapter; call set_adapter with another name first, or detach_uora."
+        )
     shelf = shelf_of(one)
     del shelf._modules[name]
     shelf.order.remove(name)

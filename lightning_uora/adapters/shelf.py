@@ -156,16 +156,21 @@ def the_only(model: nn.Module, action: str) -> Attachment:
     found = attachment_of(model, action)
     one = found if found.key is not None else whole_of(found)
     if one is None:
-        raise ValueError(f"{action} takes the model that was given to attach_uora, or one around it.")
+        raise ValueError(f"{action} takes the model that you gave to attach_uora, or a module around it.")
     if is_sharded(model):
-        raise ValueError(f"{action}: the model is sharded, and its shards know one adapter.")
+        raise ValueError(
+            f"{action}: a sharded model has only one adapter; use several where the model is whole."
+        )
     if one.owner.mixing and action != "use_adapters":
-        raise ValueError(f"{action} inside of use_adapters would change the batch that runs; leave it first.")
+        raise ValueError(
+            f"{action} inside use_adapters would change the batch that is running; leave the `with` "
+            "block first."
+        )
     return one
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters on ``model``, in the order in which they came; of a plain model none.
+    """Names of the adapters on ``model``, in the order in which they were added; empty for a plain model.
 
     Raises:
         ValueError: ``model`` holds several adapted models.
@@ -185,7 +190,7 @@ def require_known(model: nn.Module, name: str) -> None:
     """Raise ``ValueError`` with near misses where no adapter has that name."""
     names = adapter_names(model)
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} is no name of an adapter; there are: {', '.join(map(repr, names))}.")
+        raise ValueError(f"{name!r} is not an adapter's name; there are: {', '.join(map(repr, names))}.")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = "near misses" if near else "there are"
@@ -267,8 +272,9 @@ def put_back(root: nn.Module, name: str) -> None:
     moved = [n for n, total in _statistics(root).items() if item.statistics.get(n, total) != total]
     if moved and first_rank():
         warnings.warn(
-            f"running statistics have moved since {name!r} was on the model ({moved[0]!r} among them): all "
-            "adapters share them; keep BatchNorm in eval() while one of several trains.",
+            f"running statistics have changed since {name!r} was last active ({moved[0]!r} among "
+            "them), and all adapters share them; keep BatchNorm in eval() while you train one of "
+            "several adapters.",
             stacklevel=4,
         )
     watch_resizing(attachment_of(root, "set_adapter"))

@@ -143,17 +143,17 @@ def unreadable(name: str, module: Experts) -> str | None:
     """Why experts cannot be adapted, as a sentence that names them; None where they can."""
     host, W = type(module.host).__name__, module.host._parameters[module.leaf]
     if W is None:
-        return f"{name!r} ({host}) has no weight; exclude it by exclude_modules."
+        return f"{name!r} ({host}) has no weight; exclude it with exclude_modules."
     if is_quantised(W):
         return (
-            f"experts {name!r} ({host}) are quantised ({W.dtype}), and quantised experts cannot be adapted; "
-            "exclude them by exclude_modules, or leave them out of the quantisation."
+            f"experts {name!r} ({host}) are quantised ({W.dtype}), and quantised experts cannot be "
+            "adapted; exclude them with exclude_modules, or leave them out of the quantisation."
         )
     if stacks_in(module.host).get(module.leaf) is None:
         return (
-            f"experts {name!r} ({host}) have shape {tuple(W.shape)}, of which axis is which cannot be told; "
-            "set is_transposed on their module (False: experts, outputs, inputs), or exclude them by "
-            "exclude_modules."
+            f"experts {name!r} ({host}) have shape {tuple(W.shape)}, which does not show which axis "
+            "is which; set is_transposed on their module (False: experts, outputs, inputs), or "
+            "exclude them with exclude_modules."
         )
     return None
 

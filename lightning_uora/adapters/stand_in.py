@@ -112,9 +112,8 @@ class ExpertsWeight:
         """How the memory would be aligned; a pointer to it there is none: a kernel would miss the update."""
         if self._base.device.type != "cpu":
             raise ValueError(
-                f"a kernel asks for the memory of adapted experts ({type(self._layer.host).__name__}) and "
-                "would miss their update; choose another way to run them: "
-                "model.set_experts_implementation('grouped_mm'), or 'eager'."
+                f"a kernel reads the memory of adapted experts ({type(self._layer.host).__name__}), which "
+                "lacks their update; call model.set_experts_implementation('grouped_mm'), or 'eager'."
             )
         return self._base.data_ptr() % 64
 

@@ -64,13 +64,14 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         both = [name for name in targets if name in reserved]
         if both:
             raise ValueError(
-                f"target_modules and trainable_modules both name {both[0]!r}; a module is adapted or trained."
+                f"target_modules and trainable_modules both name {both[0]!r}; name it in one of them: "
+                "adapted, or trained in full."
             )
     for name, module in modules.items():
         if name in reserved and any(is_quantised(p) for p in module.parameters(recurse=False)):
             raise ValueError(
-                f"trainable_modules: {name!r} ({type(module).__name__}) is quantised, and its numbers do not "
-                "train; leave it out of the quantisation, or out of trainable_modules."
+                f"trainable_modules: {name!r} ({type(module).__name__}) is quantised and cannot train; "
+                "leave it out of the quantisation, or out of trainable_modules."
             )
     chosen: set[str] = set()
     for target in targets:
@@ -170,8 +171,8 @@ def _adaptable(modules: dict[str, nn.Module], target: str, kept: list[str], foun
                 raise ValueError(f"target_modules={target!r}: {reason}")
     if found and not kept:
         raise ValueError(
-            f"target_modules={target!r} matches only modules that are excluded or trained as they are; name "
-            "a layer in full, or change trainable_modules."
+            f"target_modules={target!r} matches only modules that are excluded or trained in full; "
+            "give a layer's full name, or change trainable_modules."
         )
     if not supported:
         raise ValueError(f"target_modules={target!r} {nothing_inside(modules, kept)}")
@@ -211,12 +212,12 @@ def _check(modules: dict[str, nn.Module], adapted: tuple[str, ...], config: UORA
             if parameter.dim() > 1 and seen.setdefault(id(parameter), name) != name:
                 raise ValueError(
                     f"modules {seen[id(parameter)]!r} and {name!r} share one weight, which would be adapted "
-                    "twice; exclude one of them by exclude_modules."
+                    "twice; exclude one of them with exclude_modules."
                 )
         kind, opaque = type(modules[name]), is_opaque(modules[name])
         if opaque and config.compute == "merged":
             raise ValueError(
-                f"compute='merged' builds the effective weight, and that of {name!r} ({kind.__name__}) is "
+                f"compute='merged' has to build the effective weight, but {name!r} ({kind.__name__}) is "
                 "quantised; use compute='auto'."
             )
         if config.dropout > 0.0 and not (opaque or has_plain_forward(kind) or kind is Experts):

@@ -25,7 +25,7 @@ def near_misses(modules: dict[str, nn.Module], names: Sequence[str], pattern: st
         return _near_misses_in_full(names, pattern[3:])
     bare = [name for name, _ in modules[""].named_parameters() if f".{name}".endswith(f".{pattern}")]
     if bare:
-        return f" It names a parameter, {bare[0]!r}, and UORA adapts whole layers: {SUPPORTED}."
+        return f" It is a parameter, {bare[0]!r}, but UORA adapts whole layers: {SUPPORTED}."
     heads = find_heads(modules[""]) if field == "trainable_modules" else ()
     head = f" The head here is {_quoted(heads)}." if heads else ""
     depth = pattern.count(".") + 1
@@ -65,9 +65,10 @@ def nothing_inside(modules: dict[str, nn.Module], found: Sequence[str]) -> str:
     if stacked:
         dims = module.get_parameter(stacked[0]).dim()
         return (
-            f"{what} whose weights are bare parameters of {dims} axes ({', '.join(stacked[:SHOWN])}), which "
-            "UORA does not adapt. Where they are experts, set num_experts and is_transposed on that module "
-            f"(False: experts, outputs, inputs). It adapts {SUPPORTED}."
+            f"{what} whose weights are bare parameters with {dims} axes "
+            f"({', '.join(stacked[:SHOWN])}), which UORA does not adapt. If they are experts, set "
+            "num_experts and is_transposed on that module (False: experts, outputs, inputs). UORA "
+            f"adapts {SUPPORTED}."
         )
     return f"{what}; UORA adapts {SUPPORTED}."
 
@@ -91,7 +92,10 @@ def nothing_found(
         advice = f" Use {' or '.join(map(repr, others))}, or name layers by pattern."
     elif left:
         shown = _quoted(left[:SHOWN])
-        advice = f" Excluded, or trained as they are (heads): {shown}; name one in full to adapt it."
+        advice = (
+            f" These layers are excluded, or heads that train in full: {shown}; to adapt one, give "
+            "its full name."
+        )
     else:
         advice = ""
     return (

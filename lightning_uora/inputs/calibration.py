@@ -25,32 +25,32 @@ __all__ = ["calibrate", "calibrate_with", "inputs_observed"]
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> None:
-    """Set A of a model adapted with ``init="inputs"`` to the principal axes of what its layers receive.
+    """Set A to the main directions of each layer's inputs, for a model adapted with ``init="inputs"``.
 
-    Each layer gets an A of its own with ``share="layer"``; with ``"model"`` the inputs of all layers of a
-    width count as one. Every entry is a float16 number, as it will be stored.
+    With ``share="layer"`` each layer gets its own A; with ``"model"`` the inputs of all layers of one width
+    count together. Entries are rounded to float16, which is how they are stored.
 
-    Promises: the batches run through the frozen model, without adapters and gradients, in evaluation mode;
-    training flags, buffers, the modules' attributes and the global random state are after as before; after an
-    error so are A and all else; every rank of a distributed run gets the same A, from the inputs of all.
+    Promises: the batches run through the frozen base, without adapters and gradients, in evaluation mode.
+    Training flags, buffers, attributes and the global random state are the same afterwards; after an error so
+    are A and everything else. In a distributed run every process gets the same A, from the inputs of all.
 
-    Memory beyond A and a forward without gradients, for each layer (for query, key and value together, where
-    they get one tensor): 6 n l bytes with l = r + min(3 r / 4, 128), r + 8 at least, or 4 n n where n is at
-    most 256 or 2 l; besides, 2,048 rows of the largest input in
-    float32, of convolutions 8,192 patches a call, and at the end, for one layer at a time, three times its
-    moment in float64. The batches are held, because wide layers take two passes.
+    Memory beyond A and a forward without gradients, for each layer (once for query, key and value, if they
+    get one tensor): 6 n l bytes with l = r + min(3 r / 4, 128), r + 8 at least, or 4 n n if n is at most 256
+    or 2 l. Besides, 2,048 rows of the largest input in float32 (for convolutions 8,192 patches a call), and
+    at the end, for one layer at a time, three times its moment in float64. The batches are held, because wide
+    layers take two passes.
 
     Args:
-        model: The root that was given to ``attach_uora``.
+        model: The model that you gave to ``attach_uora``.
         batches: What the model takes, on its device: tensors; tuples or lists of arguments; mappings of named
-            ones. Eight are plenty as a rule.
-        forward: Runs the model on one of the batches, where calling the model with it does not:
+            arguments. Eight are usually plenty.
+        forward: Runs the model on one batch, if calling the model with the batch does not:
             ``lambda batch: model(batch[0])`` for batches of inputs and labels.
 
     Raises:
-        ValueError: The model is not adapted with ``init="inputs"``, is calibrated, sharded, or on ``meta``;
-            there is no batch, or one that the model refuses; a layer receives nothing, less than r rows, or
-            non-finite values (it is named).
+        ValueError: The model is not adapted with ``init="inputs"``, is already calibrated, sharded, or on
+            ``meta``; there is no batch, or one that the model refuses; a layer receives nothing, fewer than r
+            rows, or non-finite values (the layer is named).
 
     Example:
         >>> from lightning_uora import UORAConfig, attach_uora
@@ -59,7 +59,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Forward | None 
         ['0']
         >>> calibrate(model, [torch.randn(20, 7)])
 
-    Source: METHOD decision 7, after EVA (arXiv:2410.07170), *ours*.
+    Source: *ours*, after EVA (arXiv:2410.07170).
     """
     calibrate_with(attachment_of(model, "calibrate"), batches, forward)
 
@@ -134,6 +134,6 @@ def _require_uncalibrated(owner: Projections) -> None:
         raise ValueError(f"calibrate needs init='inputs'; the model has init={owner.config.init!r}.")
     if owner.calibrated:
         raise ValueError(
-            "the model is calibrated already; another A would change what its vectors mean. Call detach_uora "
+            "the model is already calibrated; another A would change what its vectors mean. Call detach_uora "
             "and attach_uora to start again."
         )

@@ -52,7 +52,9 @@ class Watch:
                 "after attach_uora and before fully_shard."
             )
         if any(buffer.is_meta for buffer in self.owner.buffers()):
-            raise ValueError("the model is on meta and has no inputs yet; give it storage and weights first.")
+            raise ValueError(
+                "the model is on the meta device, so no inputs can run through it; load its weights first."
+            )
         self.tests: dict[int, Tensor] = {}
         self._start(sharing=self.owner.config.share == "layer")
 
@@ -189,19 +191,23 @@ class Watch:
             what = f"{part.name} of module {name!r}"
             if count == 0:
                 raise ValueError(
-                    f"no calibration batch reaches {what}, or its product is not computed by linear, a "
-                    "convolution, addmm or multi_head_attention_forward; exclude it by exclude_modules."
+                    f"no calibration batch reaches {what}, or it does not compute with linear, a "
+                    "convolution, addmm or multi_head_attention_forward; exclude it with "
+                    "exclude_modules, or give batches that reach it."
                 )
             if not finite:
-                raise ValueError(f"the inputs of {what} have non-finite values; A was not changed.")
+                raise ValueError(
+                    f"the inputs of {what} have non-finite values; look for NaN in the data and in the base. "
+                    "A was not changed."
+                )
             key = self._key(layer, part)
             pooled[key] = pooled.get(key, 0) + count
         for name, layer, part in self._uses():
             needed, count = min(fewest, part.n), pooled[self._key(layer, part)]
             if count < needed:
                 raise ValueError(
-                    f"{part.name} of module {name!r} receives {count} rows, fewer than the {needed} axes "
-                    "wanted; give more or larger batches (calibration_batches), or a smaller rank."
+                    f"{part.name} of module {name!r} receives only {count} rows, but calibration needs "
+                    f"{needed}; give more or larger batches (calibration_batches), or a smaller rank."
                 )
 
     def _uses(self) -> Iterator[tuple[str, AdaptedModule, Part]]:
@@ -252,4 +258,4 @@ def _raise_together(error: Exception | None) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ValueError("another rank failed to calibrate; its error says why.")
+        raise ValueError("another process failed to calibrate; its error says why.")

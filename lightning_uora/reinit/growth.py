@@ -37,7 +37,7 @@ def require_growth_possible(growth: str, config: UORAConfig) -> None:
     if growth == "gradient" and config.dropout > 0:
         raise ValueError(f"growth='gradient' needs dropout=0.0, got dropout={config.dropout}.")
     if growth == "inputs" and config.init != "inputs":
-        raise ValueError(f"growth='inputs' needs init='inputs', got init={config.init!r}: A is stored then.")
+        raise ValueError(f"growth='inputs' needs init='inputs', got init={config.init!r}.")
 
 
 def require_gradients(owner: Projections) -> None:

@@ -43,27 +43,28 @@ def refresh(
 ) -> dict[str, list[int]]:
     """Refresh the weak rows of an adapted model now.
 
-    Promises: rows keep their norm; staying rows are untouched; replaced rows are exactly orthogonal to all
-    others where rank plus replaced rows fit into the dimension; what is drawn depends on the seed, the
-    projection and the number of the refresh alone; after an error nothing has changed. With several ranks
-    every rank must call it; all make the same refresh, see Note [One decision on all ranks].
+    Promises: rows keep their norm; the other rows are untouched; replaced rows are exactly orthogonal to all
+    others if rank plus replaced rows fit into the dimension; what is drawn depends only on the seed, the
+    projection and the number of the refresh; after an error nothing has changed. With several processes every
+    one must call it, and all make the same refresh, see Note [One decision on all ranks].
 
     Args:
         model: The adapted model, or a module around several.
-        schedule: Threshold, fraction, interpolation, vectors, criterion, growth; its steps are not looked at.
+        schedule: Its threshold, fraction, interpolation, vectors, criterion and growth; its steps are
+            ignored.
         optimizer: Its first moments of refreshed entries are cleared (Adam family, SGD, RMSprop).
 
     Returns:
         The indices refreshed in each projection: rows of ``"A_<n>"``, columns of ``"B_<m>"``, rows of
-        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. Of several adapted models
-        each name begins with its path and a dot. Empty where nothing was weak.
+        ``"B_<m>:rows"``; with ``share="layer"`` the layer's number is appended. If there are several adapted
+        models, each name begins with the model's path and a dot. Empty if nothing was weak.
 
     Raises:
         ValueError: The model is not adapted; d or b is not finite (the layer is named); the criterion or the
-            growth needs what is not there.
+            growth needs something that is not there.
 
-    Source: UORA (arXiv:2505.20154) for interpolating weak rows towards fresh ones; METHOD decisions 2-4 are
-    *ours*.
+    Source: interpolating weak rows towards fresh ones is from UORA (arXiv:2505.20154); how rows turn, which
+    are weak and what replaces them are *ours*.
     """
     found = require_attachments(model, "refresh")
     rows = [refresh_at(one, schedule, optimizer, {}, len(one.owner.record)) for one in found]
@@ -72,9 +73,9 @@ def refresh(
 
 
 def rebuild(model: nn.Module) -> None:
-    """Set A and B from the configuration and the record alone, bit for bit on one machine.
+    """Rebuild A and B from the configuration and the record of refreshes, bit for bit on one machine.
 
-    With ``init="inputs"`` A cannot be rebuilt, and stays as it is.
+    With ``init="inputs"`` A cannot be rebuilt and stays.
     """
     for one in require_attachments(model, "rebuild"):
         one.owner.drawn.clear()  # .data was perhaps written, which nothing tells
@@ -193,7 +194,11 @@ def _check(one: Attachment, schedule: ReinitSchedule, step: int) -> None:
 def _require_readable(one: Attachment) -> None:
     for name, layer in one.layers:
         if isinstance(layer, (AdaptedAround, AdaptedExperts)):
-            what = "is quantised" if isinstance(layer, AdaptedAround) else "holds experts, never built whole"
+            what = (
+                "is quantised"
+                if isinstance(layer, AdaptedAround)
+                else "holds experts, whose weight is never built whole"
+            )
             raise ValueError(
                 f"growth='gradient' needs the gradient of the weight, and module {name!r} {what}; use "
                 "growth='random'."

@@ -74,7 +74,10 @@ def scores_of(
             score = whole(parameter.detach()).abs()
             if schedule.criterion == "ema":
                 if f"{name}:{vector}" not in averages:
-                    raise ValueError("criterion='ema' needs averages over steps; let the callback keep them.")
+                    raise ValueError(
+                        "criterion='ema' needs averages over steps; let UORACallback keep them, or use "
+                        "criterion='magnitude'."
+                    )
                 score = whole(averages[f"{name}:{vector}"])
             elif schedule.criterion == "sensitivity":
                 score = score * _second_moment(name, parameter, optimizers).sqrt()

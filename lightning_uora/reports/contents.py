@@ -37,13 +37,13 @@ def contents(
     names = [manifest.get("adapter", "default"), *(one["adapter"] for one in manifest.get("waiting", ()))]
     if len(names) > 1:
         table.add_row(
-            "adapters", f"{names[0]} (computes), {', '.join(names[1:])}; all else here is of {names[0]}"
+            "adapters", f"{names[0]} (active), {', '.join(names[1:])}; all else here is about {names[0]}"
         )
     table.add_row("adapted modules", _names(manifest["adapted"]))
     record = manifest["record"]
     rows = sum(len(chosen) for entry in record for chosen in entry["rows"].values())
     table.add_row("refreshes", f"{len(record)}, {rows:,} rows and columns")
-    named = {"trained besides": f" in {_names(manifest['trained'])}"}
+    named = {"also trained": f" in {_names(manifest['trained'])}"}
     for title, count in [*sizes.items(), ("optimizer states", _tensor_bytes(optimizers))]:
         if count:
             table.add_row(title, f"{count:,} bytes{named.get(title, '')}")
@@ -73,16 +73,16 @@ def _bytes(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     prefix = f"{manifest['root']}." if manifest.get("root") else ""
     trained = {f"{prefix}{name}" for name in manifest["trained"]}
     sizes = {"d and b": 0, "A": 0, "B": 0, "record of the refreshes": 0}
-    sizes |= {"trained besides": 0, "adapters that wait": 0, "the rest of the model": 0}
+    sizes |= {"also trained": 0, "inactive adapters": 0, "the rest of the model": 0}
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] in ("uora_d", "uora_b"):
             kind = "d and b"
         elif SHELF in name.split("."):
-            kind = "adapters that wait"
+            kind = "inactive adapters"
         elif OWNER in name.split("."):
             kind = {"A": "A", "B": "B"}.get(name.rpartition(".")[2][:1], "record of the refreshes")
         else:
-            kind = "trained besides" if name in trained else "the rest of the model"
+            kind = "also trained" if name in trained else "the rest of the model"
         sizes[kind] += _tensor_bytes(tensor)
     return sizes
 

@@ -20,12 +20,13 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 
 def plot_vectors(model: nn.Module) -> Figure:
-    """Which directions each layer uses: heat map of ``|d|``, refreshed ones marked; spread of ``|b|`` beside.
+    """Plot which directions each layer uses: a heat map of ``|d|``, beside it the spread of ``|b|``.
 
-    The scale starts at zero. Of b, whose length differs by layer, median and 5-95 % range are drawn.
+    Refreshed directions are marked. The scale starts at zero. For b, whose length differs by layer, median
+    and 5-95 % range are drawn.
 
     Args:
-        model: The root that was given to ``attach_uora``. If it is sharded every rank must call this.
+        model: The model that you gave to ``attach_uora``. If it is sharded, every process must call this.
 
     Returns:
         A matplotlib figure that is not registered with pyplot (nothing to close).
@@ -58,10 +59,10 @@ def plot_vectors(model: nn.Module) -> Figure:
 
 
 def plot_refreshes(model_or_records: nn.Module | Sequence[dict[str, Any]]) -> Figure:
-    """Which share of which layer's directions was turned when: a heat map, layers by refreshes.
+    """Plot how much of each layer was refreshed, and when: a heat map of layers by refreshes.
 
-    From ``callback.refreshes`` alone, layers have numbers and not names, and counts stand for shares. The
-    scale starts at zero. Columns of B that turn with the same layer's rows of A are not drawn again.
+    The scale starts at zero. Columns of B that turn with the same layer's rows of A are not drawn again. From
+    ``callback.refreshes`` alone, layers have numbers instead of names, and counts instead of shares.
 
     Args:
         model_or_records: An adapted model, or ``callback.refreshes``.

@@ -136,7 +136,7 @@ class Inspection:
 
     def table(self) -> Table:
         """A rich table: layers of one shape in one line, then the totals."""
-        title = f"{self.model}, rank {self.rank}, {self.tokens:,} tokens in a step"
+        title = f"{self.model}, rank {self.rank}, {self.tokens:,} tokens per step"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
         table.add_column("layers", no_wrap=True)
         for column in ("number", "m x n", "form", "trainable", "LoRA r 8", "FLOPs/token"):
@@ -160,17 +160,17 @@ class Inspection:
             f"with its projections {_bytes(t['vera_bytes'])}"
         )
         yield (
-            f"extra memory in training: A and B {_bytes(t['projection_bytes'])} (own rows after the default "
-            f"refreshes: about {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
+            f"extra memory in training: A and B {_bytes(t['projection_bytes'])} (after the default "
+            f"refreshes about {_bytes(t['own_projection_bytes'])} more), vectors with AdamW "
             f"{_bytes(t['training_state_bytes'])}, kept for backward {_bytes(t['activation_bytes'])}"
         )
-        how = f" with its linear layers but heads (no experts) in {self.quantize}" if self.quantize else ""
-        yield f"the frozen base itself: {_bytes(t['base_bytes'])}{how}"
+        how = f", linear layers in {self.quantize} except heads and experts" if self.quantize else ""
+        yield f"the frozen base: {_bytes(t['base_bytes'])}{how}"
         if self.peak_bytes is not None:
-            yield f"peak of a training step, all in all: about {_bytes(self.peak_bytes)} (no checkpointing)"
+            yield f"peak memory of a training step: about {_bytes(self.peak_bytes)}, without checkpointing"
         else:
-            yield "peak of a training step: not known, the model does not run without its numbers"
-        yield f"extra FLOPs: +{t['extra_flops_fraction']:.1%} of what these layers take when frozen"
+            yield "peak memory of a training step: unknown, this model does not run without its weights"
+        yield f"extra FLOPs: +{t['extra_flops_fraction']:.1%} over these layers when frozen"
 
     def _by_pattern(self) -> dict[tuple[str, int, int, str], list[LayerCost]]:
         """Layers of one place in every block: their name with ``*`` for the numbers, sizes and form."""

@@ -64,7 +64,9 @@ def _transformers_on_meta(name: str, timm: Any, transformers: Any) -> nn.Module:
     try:
         return _built(config, transformers)
     except Exception as error:
-        raise ValueError(f"{name}: transformers makes no model of this configuration: {error}") from error
+        raise ValueError(
+            f"{name}: transformers cannot build a model from this configuration: {error}"
+        ) from error
 
 
 def _read(name: str, make: Callable[[], Any]) -> Any:
@@ -85,13 +87,13 @@ def _from_hub(name: str, timm: Any, transformers: Any) -> Any:
         raise _unknown(name, timm, transformers)
     silence = _silence()
     if silence is not None:
-        raise _unknown(name, timm, transformers, f", not in the local hub cache, and {silence}")
+        raise _unknown(name, timm, transformers, f", is not in the local hub cache, and {silence}")
     try:
         return read(name)
     except Exception as error:
         said = "" if "404" in str(error) or "not a valid" in str(error) else f" ({error})"
         raise _unknown(
-            name, timm, transformers, f", and the hub gives no configuration of this name{said}"
+            name, timm, transformers, f", and the hub has no configuration of this name{said}"
         ) from error
 
 
@@ -107,7 +109,7 @@ def _silence() -> str | None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE keeps it from the hub"
+        return "HF_HUB_OFFLINE is set"
     try:
         urllib.request.urlopen(
             urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS
@@ -133,7 +135,8 @@ def _built(config: Any, transformers: Any) -> nn.Module:
             model = architecture(config)
     if named and architecture is None:
         warnings.warn(
-            f"transformers has no class {named[0]!r}: its backbone, {type(model).__name__}, is counted.",
+            f"transformers has no class {named[0]!r}; the counts are those of its backbone, "
+            f"{type(model).__name__}.",
             stacklevel=2,
         )
     dtype = _dtype(config)
@@ -151,7 +154,7 @@ def _unknown(name: str, timm: Any, transformers: Any, more: str = "") -> ValueEr
     near = difflib.get_close_matches(name.rpartition("/")[2], names, n=4, cutoff=0.6)
     hint = f" Near misses: {', '.join(near)}." if near else ""
     return ValueError(
-        f"{name!r} is no timm model, no transformers model type, no path to a config.json{more}.{hint}"
+        f"{name!r} is not a timm model, a transformers model type or the path of a config.json{more}.{hint}"
     )
 
 

@@ -12,10 +12,10 @@ __all__ = ["progress"]
 
 @torch.no_grad()
 def progress(model: nn.Module) -> dict[str, float]:
-    """Means over the adapted modules.
+    """How far the adapters have moved the model, as means over the adapted modules.
 
     Returns:
-        ``update_ratio``, of the Frobenius norms of the update and of the frozen weight; ``norm_d`` and
+        ``update_ratio``, the Frobenius norm of the update over that of the frozen weight; ``norm_d`` and
         ``norm_b``, the lengths of the vectors.
     """
     rows = []

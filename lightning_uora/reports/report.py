@@ -30,7 +30,7 @@ T = TypeVar("T", bound=tuple[int, ...])
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted module: class before it was adapted, weight read as (m, n), rank, numbers in d and b."""
+    """One adapted module: its class before, its weight read as (m, n), its rank, the numbers in d and b."""
 
     name: str
     kind: str
@@ -47,13 +47,13 @@ class Summary:
     Attributes:
         adapter_params: Numbers in d and b.
         trainable_params: All that trains.
-        total_params: All parameters; A and B are buffers and count on neither side.
+        total_params: All parameters. A and B are buffers and not counted anywhere.
         layers: The adapted modules, in model order.
-        trained: What trains besides the vectors, by name ("biases" where they train alone), and how many
+        trained: What trains besides the vectors, by name ("biases" if only biases train), and how many
             numbers.
         left: Your own layers that stay frozen at their random start.
-        kept: Parts that you froze and that stay as they are.
-        waiting: Other adapters on the model, which do not compute.
+        kept: Parts that you froze and that stay frozen.
+        waiting: Names of the inactive adapters.
     """
 
     adapter_params: int
@@ -71,7 +71,7 @@ class Summary:
         return self.trainable_params / self.total_params
 
     def table(self, rates: Mapping[str, str] | None = None) -> Table:
-        """A rich table: what is adapted, layers of one place in every block in one line; what trains.
+        """A rich table of what is adapted and what trains; layers that repeat in every block share a line.
 
         Args:
             rates: Learning rates by the names in :attr:`trained` and ``"vectors"``, ready to print.
@@ -91,7 +91,7 @@ class Summary:
         for label, name, count in [*rows, *((name, name, count) for name, count in self.trained)]:
             table.add_row(label, "", "", f"{count:,}", *([rates.get(name, "none")] if rates else []))
         table.add_row(
-            f"all that trains, of {self.total_params:,}",
+            f"everything that trains, of {self.total_params:,}",
             "",
             f"{self.trainable_fraction:.3%}",
             f"{self.trainable_params:,}",
@@ -99,9 +99,9 @@ class Summary:
         if self.left:
             table.add_row(f"frozen at their start: {', '.join(self.left)}", "", "", "0")
         if self.kept:
-            table.add_row(f"left as you froze it: {', '.join(self.kept)}", "", "", "0")
+            table.add_row(f"frozen by you: {', '.join(self.kept)}", "", "", "0")
         if self.waiting:
-            table.add_row(f"other adapters, waiting: {', '.join(self.waiting)}", "", "", "0")
+            table.add_row(f"inactive adapters: {', '.join(self.waiting)}", "", "", "0")
         return table
 
     def __str__(self) -> str:
@@ -140,7 +140,7 @@ def summarize(model: nn.Module, name: str | None = None) -> Summary:
 
     Args:
         model: Any module.
-        name: Of an adapter; None: the one that computes. The others are listed.
+        name: Which adapter; None: the active one. The inactive ones are listed by name.
     """
     with activated(model, name):
         return _summary(model)

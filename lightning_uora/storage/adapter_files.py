@@ -71,24 +71,24 @@ def save_adapter(
     projections: Literal["record", "full"] = "record",
     name: str | None = None,
 ) -> None:
-    """Write an adapter as ``uora_config.json`` and ``uora_adapter.safetensors``.
+    """Save an adapter to a folder, as ``uora_config.json`` and ``uora_adapter.safetensors``.
 
-    Both are written under temporary names, read back, compared and then renamed: a crash, a full disk or a
-    bad one leaves the old files. The file holds every number that trained, frozen since or not. If the model
-    is sharded every rank must call this, and the first one writes.
+    Both files are written under temporary names, read back, compared and then renamed: after a crash, or on a
+    full or faulty disk, the old files are still there. The folder holds everything that trained, even if you
+    froze it since. If the model is sharded, every process must call this; the first one writes.
 
     Args:
-        model: The adapted model, a module around it, or a part that holds all that was trained; the names in
-            the file are of what is given. Several adapted models in it go into one folder.
+        model: The adapted model, a module around it, or a part that holds all that was trained. Names in the
+            file are relative to it. If it holds several adapted models, they go into one folder.
         directory: Made if it does not exist.
-        projections: ``"record"`` stores how A and B came about, a few bytes (and, with ``init="inputs"``, A
-            in float16, which is exact); ``"full"`` stores them.
-        name: Of an adapter, with the heads that were trained with it; None: the one that computes.
+        projections: ``"record"`` stores how to rebuild A and B, a few bytes (with ``init="inputs"`` also A,
+            in float16, which is exact); ``"full"`` stores A and B.
+        name: Which adapter, with the heads that were trained with it; None: the active one.
 
     Raises:
         ValueError: The model is not adapted or not calibrated, or holds only a part of what was trained;
             ``projections`` is neither of the two; ``name`` is given, and there are several adapted models.
-        OSError: The directory cannot be written, or what was written reads back otherwise.
+        OSError: The directory cannot be written, or what was written does not read back the same.
     """
     if projections not in ("record", "full"):
         raise ValueError(f"projections={projections!r} is not allowed; it must be 'record' or 'full'.")
@@ -186,19 +186,19 @@ def load_adapter(
     name: str = "default",
     head: bool = True,
 ) -> list[str]:
-    """Adapt a model as a saved adapter says, and load it. After an error the model is as it was.
+    """Put a saved adapter on its base. After an error the model is unchanged.
 
-    A second one comes beside those that are there, under a name of its own, and computes from then on. The
-    adapter may have been saved from a module around the model, or from a part of it: the names are
-    matched, and a warning says how.
+    If the model already has adapters, give this one a new name: it is added and becomes the active one. The
+    adapter may come from a module around this model, or from a part of it: the names are matched, and a
+    warning says how.
 
     Args:
-        model: The base, any device and dtype.
+        model: The base, on any device and in any dtype.
         directory: What :func:`save_adapter` wrote.
-        base_mismatch: ``"warn"`` loads onto another base with a warning, and leaves a head aside that does
+        base_mismatch: ``"warn"`` loads onto another base with a warning, and does not load a head that does
             not fit.
-        name: What to call it here.
-        head: False leaves the head that was trained with the adapter aside; the model's own trains.
+        name: What to call the adapter on this model.
+        head: False does not load the head that was trained with the adapter; the model's own head trains.
 
     Returns:
         Names of the adapted modules, in model order.
@@ -217,7 +217,7 @@ def load_adapter(
         return _load(model, manifest, tensors, base_mismatch, head, name)
     if name in adapter_names(model):
         raise ValueError(
-            f"model is adapted already, by {name!r}; give this adapter another name=, remove that one, or "
+            f"model is already adapted, by {name!r}; give this adapter another name=, remove that one, or "
             "call detach_uora(model) first."
         )
     require_free(model, name)
@@ -246,7 +246,9 @@ def load_onto_base(model: nn.Module, directory: str | Path, base_mismatch: Misma
         return
     manifest, tensors = read(directory)
     if len(manifests_of(manifest)) > 1:
-        raise ValueError("the folder holds several adapted models, and a bank's adapters are of one.")
+        raise ValueError(
+            "the folder holds several adapted models, but a bank serves only one; load it with load_adapter."
+        )
     place = place_of(unwrapped(model), manifest, tensors, True, base_mismatch == "warn")
     first = manifest["adapted"][0].removeprefix(place.without)
     nothing = UORAConfig(rank=1, target_modules=(first,), trainable_modules=())
@@ -323,7 +325,7 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {name}: it is not an adapter folder, or not a whole one."
+                f"{folder} holds no {name}: it is not an adapter folder, or not a complete one."
             )
     try:
         manifest = json.loads((folder / CONFIG_FILE).read_text())
@@ -337,8 +339,8 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         check_manifest(manifest, where)
     if manifest.get("sha256") != _sha256(folder / TENSOR_FILE):
         raise ValueError(
-            f"{folder / TENSOR_FILE} is damaged, or is not the file that {CONFIG_FILE} was written with; "
-            "copy both from one save."
+            f"{folder / TENSOR_FILE} is damaged, or comes from another save than {CONFIG_FILE}; copy "
+            "both from one save."
         )
     try:
         tensors = load_file(folder / TENSOR_FILE)

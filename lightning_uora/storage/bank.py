@@ -30,14 +30,14 @@ __all__ = ["AdapterBank"]
 
 
 class AdapterBank:
-    """Adapters in the folders of a directory, by the folders' names, on one model.
+    """Serves adapters from the folders of a directory, by the folders' names, on one model.
 
     See Note [What a bank keeps].
 
     Args:
         model: The base, or a model that has adapters.
         directory: Holds a folder of :func:`save_adapter` for each adapter.
-        limit: So many at most are on the model at once, besides those that were there.
+        limit: At most this many are on the model at once, besides those that were there before.
         base_mismatch: As for :func:`load_adapter`.
 
     Raises:
@@ -60,24 +60,26 @@ class AdapterBank:
             raise ValueError(f"limit={limit} is not allowed; a bank keeps at least one adapter.")
         self.model, self.directory = model, Path(directory)
         if not self.directory.is_dir():
-            raise FileNotFoundError(f"{self.directory} is no directory; an adapter bank is one of folders.")
+            raise FileNotFoundError(
+                f"{self.directory} is not a directory; give the one that holds the adapters' folders."
+            )
         self.limit, self.base_mismatch = limit, base_mismatch
         self._lock = threading.RLock()
         self._recent: dict[str, None] = {}
 
     @property
     def names(self) -> list[str]:
-        """Of all adapters in the directory."""
+        """Names of all adapters in the directory."""
         found = (path.parent.name for path in self.directory.glob(f"*/{CONFIG_FILE}"))
         return sorted(name for name in found if "." not in name)
 
     @property
     def resident(self) -> list[str]:
-        """Those that the bank has loaded, the least recently named first."""
+        """Names of the loaded adapters, the least recently named first."""
         return list(self._recent)
 
     def set(self, name: str | None) -> None:
-        """As :func:`set_adapter`, of an adapter that is loaded first if it is not there."""
+        """Make an adapter the active one, as :func:`set_adapter`; load it first if necessary."""
         with self._lock:
             self._fetch([] if name is None else [name])
             if is_adapted(self.model):  # else it is the base already
@@ -85,13 +87,13 @@ class AdapterBank:
 
     @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
-        """As :func:`use_adapters`, of adapters that are loaded first if they are not there.
+        """As :func:`use_adapters`; adapters that are not there yet are loaded first.
 
         Other threads wait until the batch is done.
 
         Raises:
-            ValueError: More than ``limit`` different adapters; no folder has that name, or it is damaged or
-                of another base: the others are as they were.
+            ValueError: More than ``limit`` different adapters are named; no folder has that name, or it is
+                damaged or of another base. The other adapters are then unchanged.
         """
         with self._lock:
             self._fetch(list(dict.fromkeys(name for name in names if name is not None)))
@@ -103,7 +105,8 @@ class AdapterBank:
         mine = [name for name in names if name in self._recent or name not in here]
         if len(mine) > self.limit:
             raise ValueError(
-                f"{len(mine)} different adapters are named, and the bank's limit is {self.limit}."
+                f"{len(mine)} different adapters are named, but the bank's limit is {self.limit}; raise "
+                "limit, or name fewer in one batch."
             )
         for name in mine:
             if name in here:

@@ -242,7 +242,10 @@ class CheckpointHooks:
                 state = checkpoint.get(name, {})
                 for saved in (one for one in state if plain(one) == key):
                     if isinstance(here, Tensor) and not torch.equal(state[saved].to(here.device), here):
-                        raise ValueError(f"the checkpoint has another quantised base: {key!r} differs.")
+                        raise ValueError(
+                            f"the checkpoint has another quantised base: {key!r} differs; load the base that "
+                            "it was saved with."
+                        )
                 if name in checkpoint:
                     checkpoint[name] = {one: value for one, value in state.items() if plain(one) != key}
 
@@ -317,8 +320,10 @@ def _paired(
     saved = {(manifest["root"], manifest.get("owner", OWNER)): manifest for manifest in manifests}
     if set(here) != set(saved):
         raise ValueError(
-            f"the checkpoint has adapters at {few([path or 'the module itself' for path, _ in saved])}, the "
-            f"module at {few([path or 'the module itself' for path, _ in here])}."
+            "the checkpoint has adapters at "
+            f"{few([path or 'the module itself' for path, _ in saved])}, but the module has them at "
+            f"{few([path or 'the module itself' for path, _ in here])}; attach them in the same "
+            "places, or load into a module without adapters."
         )
     for place, one in here.items():
         _check_same_config(one.owner.config, config_of(saved[place], one.owner.config))
@@ -340,7 +345,10 @@ def _tell_of_norms(one: Attachment, manifest: dict[str, Any]) -> None:
 def _check_same_config(found: UORAConfig, saved: UORAConfig) -> None:
     different = differences(saved, "saved", found, "here")
     if different:
-        raise ValueError(f"the checkpoint has adapters of another configuration: {different}.")
+        raise ValueError(
+            f"the checkpoint has adapters of another configuration: {different}. Attach with the "
+            "checkpoint's configuration."
+        )
 
 
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
@@ -359,9 +367,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
         raise ValueError(what_folder(path))
     checkpoint = unpickled(path, weights_only)
     if not isinstance(checkpoint, dict) or "uora" not in checkpoint:
-        raise ValueError(
-            f"{path} was not made with UORACallback; the class's own load_from_checkpoint reads it."
-        )
+        raise ValueError(f"{path} was not made with UORACallback; use the class's own load_from_checkpoint.")
     check_checkpoint(checkpoint, str(path))
     plains = {plain(key): value for key, value in checkpoint["state_dict"].items()}
     for manifest in manifests_of(checkpoint["uora"]):
@@ -386,25 +392,28 @@ def load_from_checkpoint(
     weights_only: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """A LightningModule from a checkpoint of either kind, adapters attached, on the CPU, no Trainer.
+    """Load a LightningModule with its adapters from a checkpoint of either kind: on the CPU, no Trainer.
 
     Args:
         module_class: The LightningModule's class.
         path: The checkpoint.
         base_mismatch: ``"warn"`` accepts another base for an ``"adapter"`` checkpoint.
-        weights_only: Unpickle plain data and torch's own modules (a loss among the hyperparameters) only.
-            False reads objects of any type and runs what the file says: for files that you trust.
-        kwargs: Arguments of ``module_class``, over the saved hyperparameters. For an ``"adapter"`` checkpoint
-            they must bring the pretrained base back.
+        weights_only: Unpickle only plain data and torch's own modules (a loss among the hyperparameters).
+            False reads objects of any type and runs what the file says: only for files that you trust.
+        kwargs: Arguments of ``module_class``, which override the saved hyperparameters. For an ``"adapter"``
+            checkpoint they must bring the pretrained base back.
 
     Raises:
-        ValueError: The file is no checkpoint made with ``UORACallback``, does not fit the module, or holds
-            an object of a type that ``weights_only`` refuses; ``map_location`` or ``strict`` among
+        ValueError: The file is not a checkpoint made with ``UORACallback``, does not fit the module, or holds
+            an object of a type that ``weights_only`` refuses; ``map_location`` or ``strict`` is among
             ``kwargs``.
     """
     given = sorted({"map_location", "strict"} & set(kwargs))
     if given:
-        raise ValueError(f"{given[0]} is not an argument here: the module comes whole, on the CPU.")
+        raise ValueError(
+            f"{given[0]} is not an argument here: the module comes back whole, on the CPU; move it "
+            "afterwards."
+        )
     checkpoint = read_checkpoint(path, weights_only)
     manifests = manifests_of(checkpoint["uora"])
     module = _built(module_class, {**checkpoint, "state_dict": {}}, weights_only, kwargs)

@@ -22,17 +22,17 @@ def what_folder(path: str | Path) -> str:
         )
     if (folder / "adapter_config.json").is_file():
         return (
-            f"{path} is an adapter folder of PEFT; peft.PeftModel.from_pretrained(base, folder) reads it, "
-            "and what it was exported from is what this package reads."
+            f"{path} is an adapter folder of PEFT; read it with peft.PeftModel.from_pretrained(base, "
+            "folder). This package reads only what it was exported from."
         )
     if (folder / ".metadata").is_file() or (folder / "meta.pt").is_file():
         return (
-            f"{path} is a folder of shards; make a file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
+            f"{path} is a folder of shards; make one file of it with `python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}`."
         )
     names = sorted(entry.name for entry in folder.iterdir())
     files = [name for name in names if name.endswith((".ckpt", ".pt"))]
-    what = f"; name one of its files: {', '.join(files[:3])}" if files else ""
+    what = f"; give one of its files: {', '.join(files[:3])}" if files else ""
     held = "" if files else "; it is empty" if not names else f"; it holds {', '.join(names[:3])}"
     return (
         f"{path} is a folder that holds no uora_config.json (an adapter) and no .metadata (a checkpoint in "

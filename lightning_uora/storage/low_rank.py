@@ -31,11 +31,11 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         if not self.shorter:
-            return f"max_rank={self.max_rank}: no layer is above it; the export is exact."
+            return f"max_rank={self.max_rank}: no layer has a higher rank; the export is exact."
         return (
-            f"max_rank={self.max_rank}: {self.shorter} of {self.layers} layers have a lower rank now; "
-            f"relative error of the updates {self.overall:.2e} over all layers, {self.worst:.2e} in the "
-            f"worst ({self.name})."
+            f"max_rank={self.max_rank}: {self.shorter} of {self.layers} layers were reduced to a "
+            f"lower rank; relative error of the updates {self.overall:.2e} over all layers, "
+            f"{self.worst:.2e} in the worst ({self.name})."
         )
 
 

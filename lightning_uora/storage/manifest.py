@@ -197,7 +197,7 @@ def check_vectors(manifest: dict[str, Any], tensors: dict[str, Tensor], where: s
             key, shape = ".".join(p for p in (manifest.get("root"), name, vector) if p), (*axis, size)
             if key not in tensors or tuple(tensors[key].shape) != shape:
                 found = tuple(tensors[key].shape) if key in tensors else "nothing"
-                raise ValueError(f"{where} is damaged: {key} should have shape {shape}, and has {found}.")
+                raise ValueError(f"{where} is damaged: {key} should have shape {shape}, but has {found}.")
 
 
 def config_of(manifest: dict[str, Any], here: UORAConfig | None = None) -> UORAConfig:
@@ -210,6 +210,9 @@ def config_of(manifest: dict[str, Any], here: UORAConfig | None = None) -> UORAC
     known = {field.name for field in dataclasses.fields(UORAConfig)}
     unknown = set(manifest["config"]) - known
     if unknown:
-        raise ValueError(f"the manifest's configuration has unknown fields: {', '.join(sorted(unknown))}.")
+        raise ValueError(
+            f"the manifest's configuration has unknown fields: {', '.join(sorted(unknown))}; update "
+            "lightning-uora."
+        )
     added = {} if here is None else {"batch_norm": here.batch_norm}
     return UORAConfig(**{**added, **manifest["config"]})

@@ -65,7 +65,10 @@ def skeleton(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
             for vector in ("uora_d", "uora_b"):
                 key = f"{name}.{vector}" if name else vector
                 if key not in tensors or tensors[key].shape != getattr(module, vector).shape:
-                    raise ValueError(f"the adapter lacks {key!r}, or has it in another shape.")
+                    raise ValueError(
+                        f"the adapter lacks {key!r}, or has another shape there; it is damaged or for "
+                        "another model."
+                    )
                 getattr(module, vector).copy_(tensors[key])
     return model
 
@@ -127,15 +130,16 @@ PLAIN = ("uora_d", "uora_b", "bias", "in_proj_bias")
 
 def _quantised(name: str) -> str:
     return (
-        f"module {name!r} is quantised, and an update would be lost in its rounding; in Python, "
-        "detach_uora(module, merge=True, dequantize=True) leaves plain Linear layers."
+        f"module {name!r} is quantised, and rounding would lose the update; in Python, call "
+        "detach_uora(module, merge=True, dequantize=True), which leaves plain Linear layers."
     )
 
 
 def _tied(name: str) -> str:
     return (
-        f"{name!r} is one with another weight of the model; a class that ties them would take the merged one "
-        "for both. Use detach_uora(module, merge=True) on the loaded module, which unties them."
+        f"{name!r} is also another weight of the model, and a class that ties the two would load "
+        "the merged one for both. Load the module and call detach_uora(module, merge=True), "
+        "which unties them."
     )
 
 

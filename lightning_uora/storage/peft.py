@@ -62,27 +62,28 @@ def export_peft(
 ) -> None:
     """Write a folder that ``peft.PeftModel.from_pretrained(base, directory)`` loads with equal outputs.
 
-    So does ``AutoPeftModelForCausalLM.from_pretrained(directory)``, or the class for the model's task, if
-    the base can be loaded by its name. Experts are written as PEFT 0.21 reads them; versions before 0.17 do
-    not know ``target_parameters`` and would leave them out.
+    ``AutoPeftModelForCausalLM.from_pretrained(directory)``, or the class for the model's task, loads it too
+    if the base can be loaded by its name. Experts are written as PEFT 0.21 reads them; versions before 0.17
+    do not know ``target_parameters`` and would leave them out.
 
     Args:
-        model: An adapted model, or the part of one that will be the base there (``lightning_module.model``).
+        model: An adapted model, or the part of one that will be PEFT's base (``lightning_module.model``).
         directory: Made if it does not exist; written whole or not at all.
-        format: ``"lora"`` works for every Linear, Conv1D and plain undilated ungrouped convolution, each
-            layer with its own projections. ``"vera"`` needs one A and one B for all layers
+        format: ``"lora"`` works for every Linear, Conv1D and plain undilated ungrouped convolution; each
+            layer gets its own projections. ``"vera"`` needs one A and one B for all layers
             (``share="model"``, one shape).
-        base_model_name_or_path: Written into the configuration; default: what a transformers model calls
-            itself.
-        max_rank: For ``"lora"``: layers with a higher rank are replaced by their best approximation of this
-            rank. That is exact where the layer has no more inputs or outputs. Else the relative error of the
-            updates is warned about if it is above 1e-3 in any layer, and logged if not. None: exact.
-        name: Of an adapter; None: the one that computes.
+        base_model_name_or_path: Written into the configuration; by default the name that a transformers model
+            knows itself by.
+        max_rank: For ``"lora"``: layers of a higher rank are replaced with their best approximation of this
+            rank. That is exact if the layer has no more inputs or outputs than that. Otherwise the relative
+            error of the updates is a warning if it is above 1e-3 in any layer, and a log line if not. None:
+            exact.
+        name: Which adapter; None: the active one.
 
     Raises:
-        ValueError: The model is not adapted or not calibrated, holds what the format cannot say exactly, or
-            has a module that the PEFT installed here would not find again by its name; the module is named,
-            and what to do instead. ``max_rank`` is not a positive number, or is given
+        ValueError: The model is not adapted or not calibrated, or holds something that the format cannot
+            express exactly, or a module that the installed PEFT would not find again by its name; the message
+            names the module and says what to do instead. ``max_rank`` is not a positive number, or is given
             for ``"vera"``.
 
     Source: formats of PEFT (huggingface.co/docs/peft); VeRA's from arXiv:2310.11454.
@@ -103,7 +104,8 @@ def _export(
         raise ValueError(f"model ({type(model).__name__}) holds no adapter; call attach_uora first.")
     if "" in adapters:
         raise ValueError(
-            "model is itself the adapted module; PEFT adapts what is inside, so export its parent."
+            "model is itself the adapted module, and PEFT adapts only modules inside a model; export "
+            "its parent."
         )
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "") or None
@@ -176,7 +178,9 @@ def write_peft(
     if format not in ("lora", "vera"):
         raise ValueError(f"format={format!r} is not allowed; format must be 'lora' or 'vera'.")
     if max_rank is not None and (format == "vera" or max_rank < 1):
-        raise ValueError(f"max_rank={max_rank} is not allowed; it is a positive number, for format='lora'.")
+        raise ValueError(
+            f"max_rank={max_rank} is not allowed; max_rank must be a positive number, with format='lora'."
+        )
     vectors = {f"{n}.{v}": getattr(m, v) for n, m in adapters.items() for v in ("uora_d", "uora_b")}
     require_finite(vectors | dict(trained), "the model", "exported")
     require_told_apart(heads, format)
@@ -238,8 +242,8 @@ def _task_and_saved(model: nn.Module, adapters: dict[str, AdaptedModule]) -> tup
         if not all(_inside(name, saved) for name in adapters):
             return task, saved
     raise ValueError(
-        f"modules {next(iter(adapters))!r} and {heads[0]!r} share a trained weight and nothing else is "
-        f"adapted, which PEFT's format cannot say; {USE_MERGE}."
+        f"modules {next(iter(adapters))!r} and {heads[0]!r} share a trained weight and nothing "
+        f"else is adapted, which PEFT's format cannot express; {USE_MERGE}."
     )
 
 
@@ -284,14 +288,14 @@ def _require_called(model: nn.Module, adapters: dict[str, AdaptedModule]) -> Non
         found = weight_reader(model, name)
         if found is not None and not found[1]:
             raise ValueError(
-                f"{found[0]} reads the weight of {name!r} without calling the module, and PEFT would compute "
-                f"with the base there; {USE_MERGE}."
+                f"{found[0]} reads the weight of {name!r} without calling the module, so PEFT would use "
+                f"the base weight there; {USE_MERGE}."
             )
         if found is not None and found[0] not in said:
             said.add(found[0])
             warnings.warn(
-                f"{found[0]} may read the weight of {name!r} without calling the module; where it does, PEFT "
-                "computes with the base. Compare outputs, or merge.",
+                f"{found[0]} may read the weight of {name!r} without calling the module; if it does, PEFT "
+                "uses the base weight there. Compare the outputs, or merge.",
                 stacklevel=5,
             )
 
@@ -312,13 +316,12 @@ def _heads(model: nn.Module) -> list[str]:
         of = owners[id(parameter)]
         if not all(of) or not any(_is_whole(model.get_submodule(owner), trained) for owner in of):
             raise ValueError(
-                f"{name} was trained by itself, and PEFT's format has no place for it; {USE_MERGE}."
+                f"{name} is a bare parameter that was trained, which PEFT's format cannot store; {USE_MERGE}."
             )
         heads |= dict.fromkeys(of)
     if moving_norms(model):
         warnings.warn(
-            "PEFT's format has no place for BatchNorm statistics; if training moved them, outputs will "
-            "differ.",
+            "PEFT's format cannot store BatchNorm statistics; if training changed them, outputs will differ.",
             stacklevel=5,
         )
     return list(heads)

@@ -14,7 +14,7 @@ from lightning_uora.storage.low_rank import Loss, norm_squared, shorten
 
 __all__ = ["USE_MERGE", "lora", "require_told_apart", "vera"]
 
-USE_MERGE = "detach_uora(model, merge=True) keeps it exactly"
+USE_MERGE = "use detach_uora(model, merge=True), which is exact"
 SERVED = 512
 """The highest rank of LoRA that vLLM takes."""
 OWN_NAMES = {
@@ -31,8 +31,8 @@ def require_told_apart(heads: list[str], format: str) -> None:
         same = next((name for name in own if name.endswith(head)), None)
         if same is not None:
             raise ValueError(
-                f"PEFT would take its own {same!r} for the trained module {head!r}, because the names end "
-                f"alike; rename the module, or {USE_MERGE}."
+                f"PEFT would mistake its own {same!r} for the trained module {head!r}, because the names "
+                f"end alike; rename the module, or {USE_MERGE}."
             )
 
 
@@ -64,8 +64,9 @@ def lora(
     rank = max(ranks.values())
     if max_rank is None and rank > SERVED:
         warnings.warn(
-            f"the exported LoRA has rank {rank}, and vLLM takes at most {SERVED}; max_rank={SERVED} (`uora "
-            f"export --max-rank {SERVED}`) writes the best approximation and tells its error.",
+            f"the exported LoRA has rank {rank}, but vLLM takes at most {SERVED}; export with "
+            f"max_rank={SERVED} (`uora export --max-rank {SERVED}`) for the best approximation and "
+            "its error.",
             stacklevel=5,
         )
     own = {f"^{re.escape(name)}": size for name, size in ranks.items() if size != rank}
@@ -137,12 +138,14 @@ def vera(
     for name, module in adapters.items():
         if layers[name]["kernel"] or layers[name].get("experts"):
             what = "is a convolution" if layers[name]["kernel"] else "holds experts"
-            raise ValueError(f"module {name!r} {what}, which PEFT's VeRA does not know; use format='lora'.")
+            raise ValueError(
+                f"module {name!r} {what}, which PEFT's VeRA does not support; use format='lora'."
+            )
         A, B, d, b = _factors(name, module, layers[name])
         if shared and not (_same(shared[0], A) and _same(shared[1], B)):
             raise ValueError(
-                f"module {name!r} has other projections than those before it (another shape, or rows "
-                "refreshed for one layer), and VeRA knows one A and one B; use format='lora'."
+                f"module {name!r} has other projections than the modules before it (another shape, or "
+                "refreshed rows of its own), but VeRA has one A and one B for all; use format='lora'."
             )
         shared = [A, B]
         tensors[f"base_model.model.{name}.vera_lambda_d"] = d
@@ -168,7 +171,7 @@ def _factors(name: str, module: AdaptedModule, layer: dict[str, Any]) -> tuple[T
         )
     if not layer["product"]:
         raise ValueError(
-            f"module {name!r} ({kind}) computes more than a product, PEFT would not; {USE_MERGE}."
+            f"module {name!r} ({kind}) computes more than a product, which PEFT would not do; {USE_MERGE}."
         )
     if not layer["direct"]:
         raise ValueError(

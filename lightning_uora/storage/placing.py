@@ -79,15 +79,15 @@ def place_of(
         what = [*outside, *misfits]
         sizes = _shapes(misfits, parameters, tensors, without)
         raise ValueError(
-            f"{few(what)} trained with the adapter and do(es) not fit this model{sizes}; pass head=False to "
-            "load the adapter without the head."
+            f"this model has no place for {few(what)}, trained with the adapter{sizes}; pass "
+            "head=False to load the adapter without the head."
         )
     heads = () if head else find_heads(root)
     within = tuple(f"{one}." for one in heads)
     aside = {*misfits, *(n for n in names if n.startswith(within))}
     if not aside and not outside:
         return Place(root, without, said)
-    told = f"{few(sorted({*aside, *outside}))} of the adapter is left aside." if head else ""
+    told = f"Not loaded from the adapter: {few(sorted({*aside, *outside}))}." if head else ""
     mine = find_heads(root) if manifest["config"].get("trainable_modules", "auto") else ()
     return Place(root, without, " ".join(filter(None, (said, told))), tuple(mine), frozenset(aside))
 
@@ -125,21 +125,25 @@ def _part(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[nn.Module, str
         for prefix, places in _candidates(layers, modules, same_size):
             if len(places) > 1:
                 raise ValueError(
-                    f"the adapter fits several parts of this model: {few(places)}; give the one that it is "
+                    f"the adapter fits several parts of this model: {few(places)}; pass the one that it is "
                     "for."
                 )
             without, root = f"{prefix}." if prefix else "", modules[places[0]]
             if not places[0]:
-                return root, without, f"The adapter was saved from a model around this one: {prefix!r} is it."
+                return (
+                    root,
+                    without,
+                    f"The adapter was saved from a model that holds this one as {prefix!r}.",
+                )
             if not prefix:
-                said = f"The adapter was saved from a part of this model, and is loaded into {places[0]!r}."
+                said = f"The adapter was saved from a part of this model; it was loaded into {places[0]!r}."
                 return root, without, said
-            said = f"What was {prefix!r} where the adapter was saved is {places[0]!r} here."
+            said = f"What the adapter calls {prefix!r} is {places[0]!r} in this model."
             return root, without, said
     lacking = [name for name in manifest["adapted"] if name not in modules]
     raise ValueError(
-        f"another architecture: the adapter is for {few(manifest['adapted'])}, and this model has no "
-        f"{few(lacking)}."
+        f"another architecture: the adapter is for {few(manifest['adapted'])}, but this model has "
+        f"no {few(lacking)}."
     )
 
 

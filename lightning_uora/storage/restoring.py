@@ -92,14 +92,14 @@ def _require_whole(one: Attachment, layers: Mapping[str, AdaptedModule]) -> None
     gone = [name for index, name in enumerate(one.owner.adapted) if index not in here]
     if gone and one.key is not None:
         raise ValueError(
-            f"adapted modules are no longer in the model: {few(gone)}. They were replaced or detached since "
-            "attach_uora, and what they learned is not here."
+            f"adapted modules are no longer in the model: {few(gone)}. They were replaced or detached "
+            "after attach_uora, and what they learned is not here."
         )
     outside = [n for n in one.owner.trained if not n.startswith(one.within)] if one.key is None else []
     if gone or outside:
         raise ValueError(
-            f"this part does not hold all that was trained: {few(gone or outside)} lie(s) outside; give the "
-            "model that was given to attach_uora, or a part that holds everything."
+            f"this part does not hold everything that was trained, such as {few(gone or outside)}; "
+            "pass the model that you gave to attach_uora, or a part that holds it all."
         )
 
 
@@ -166,7 +166,7 @@ def require_finite(tensors: Mapping[str, Tensor], where: str, action: str) -> No
     """Raise ``ValueError`` where something that trained has become NaN or infinite."""
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
-        raise ValueError(f"{few(bad)} of {where} has values that are not finite; nothing was {action}.")
+        raise ValueError(f"non-finite values in {few(bad)} of {where}; nothing was {action}.")
 
 
 def restore(
@@ -204,8 +204,8 @@ def restore(
     moved = [n for n, t in values.items() if n not in trained and not torch.equal(state[n].cpu(), t.cpu())]
     if shared and moved and first_rank():
         warnings.warn(
-            f"the adapter was trained with other running statistics ({few(moved)}); adapters on one base "
-            "share them, and the model's stay.",
+            f"the adapter was trained with other running statistics ({few(moved)}). All adapters on a "
+            "model share them, so the model keeps its own, and outputs may differ.",
             stacklevel=5,
         )
     with torch.no_grad():
@@ -220,7 +220,7 @@ def require_modules(root: nn.Module, names: list[str]) -> None:
     lacking = [name for name in names if name not in modules]
     if lacking:
         raise ValueError(
-            f"another architecture: the adapter is for {few(names)}; there is no {few(lacking)}."
+            f"another architecture: the adapter is for {few(names)}, but this model has no {few(lacking)}."
         )
 
 
@@ -229,8 +229,8 @@ def check_names(one: Attachment, manifest: dict[str, Any]) -> None:
     names = [name for name, _ in sorted(one.layers, key=lambda layer: layer[1].layer_index)]
     if names != list(manifest["adapted"]):
         raise ValueError(
-            f"another architecture: the adapter is for {few(manifest['adapted'])}, this model's are "
-            f"{few(names)}."
+            f"another architecture: the adapter is for {few(manifest['adapted'])}, but this model has "
+            f"adapters at {few(names)}."
         )
 
 
@@ -266,7 +266,7 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             if keys
         ]
         raise ValueError(
-            f"the adapter {' and '.join(parts)}; is it of another model, or were other modules trained?"
+            f"the adapter {' and '.join(parts)}; is it for another model, or were other modules trained?"
         )
     for name, value in values.items():
         if value.shape != state[name].shape:
@@ -283,7 +283,7 @@ def check_base(one: Attachment, expected: dict[str, list[Any]], mismatch: Mismat
     wrong = [name for name in expected if name not in prints]
     wrong += [n for n, found in prints.items() if n in expected and not _same_base(found, expected[n])]
     if wrong:
-        message = f"the adapter was trained on another base: {few(wrong)} differ(s)."
+        message = f"the adapter was trained on another base (different: {few(wrong)})."
         if mismatch == "error":
             raise ValueError(f"{message} Load that base, or pass base_mismatch='warn'.")
         if first_rank():
@@ -301,8 +301,9 @@ def _check_projections(owner: Projections, expected: dict[str, list[float]]) -> 
     wrong = wrong or sorted(n for n in owner.matrices if not {n, n.partition(":")[0]} & set(expected))
     if wrong:
         raise ValueError(
-            f"the projections {few(wrong)} are not those of the run; the record is damaged, or this platform "
-            "draws otherwise (then save with projections='full')."
+            f"the projections {few(wrong)} are not those of the run; the record is damaged, "
+            "or this platform draws other numbers (then save with projections='full' on the "
+            "platform of the run)."
         )
 
 

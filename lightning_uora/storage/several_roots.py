@@ -69,11 +69,11 @@ def load_several(
     """Adapt a plain model as a folder of several says. After an error the model is as it was.
 
     Raises:
-        ValueError: The model is adapted already; a root or a module is not in it; as :func:`restore`.
+        ValueError: The model is already adapted; a root or a module is not in it; as :func:`restore`.
     """
     if is_adapted(model):
         raise ValueError(
-            "the folder holds several adapted models, and this model is adapted already; call "
+            "the folder holds several adapted models, and this model is already adapted; call "
             "detach_uora(model) first."
         )
     require_name(called)
@@ -118,7 +118,7 @@ def _place(
     path, modules = manifest["root"], named_layers(root)
     if path and path not in modules:
         raise ValueError(
-            f"another architecture: the adapter is for {path!r}, and this model has no {path!r}."
+            f"another architecture: the adapter is for {path!r}, but this model has no {path!r}."
         )
     part = modules[path] if path else root
     require_modules(part, manifest["adapted"])
@@ -151,8 +151,8 @@ def _outside(
     wrong = [n for n in names if n not in parameters or parameters[n].shape != tensors[n].shape]
     if wrong:
         raise ValueError(
-            f"{few(wrong)} trained with the adapter and do(es) not fit this model; pass head=False to load "
-            "the adapter without the head."
+            f"this model has no place for {few(wrong)}, trained with the adapter; pass head=False to "
+            "load the adapter without the head."
         )
     return {name: (parameters[name], tensors[name]) for name in names}
 

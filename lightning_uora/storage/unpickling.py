@@ -58,7 +58,7 @@ def _is_cut(error: OSError) -> bool:
 def _why(path: str | Path, error: Exception) -> str:
     """Without torch's advice to read it in a way that runs what it says."""
     if not zipfile.is_zipfile(path):
-        return "torch.save did not write it, or not all of it."
+        return "torch.save did not write it, or did not finish."
     said = re.search(
         r"WeightsUnpickler error:\s*(.*?)\s*(?:Check the documentation|$)", str(error), re.DOTALL
     )
@@ -104,21 +104,24 @@ def _torch_module(name: str) -> type[nn.Module] | None:
 
 
 def _refusal(path: str | Path, names: list[str]) -> str:
-    trust = "load_from_checkpoint(..., weights_only=False) reads it; do that only with a file that you trust"
+    trust = (
+        "load_from_checkpoint(..., weights_only=False) reads it too, but do that only with a "
+        "file that you trust"
+    )
     if any(name.startswith(("builtins.", "posix.", "nt.", "os.", "subprocess.")) for name in names):
         return (
-            f"{path} is damaged or not a checkpoint of plain data: to read it would call {', '.join(names)}, "
-            f"which may run any code. {trust}."
+            f"{path} is damaged or not a checkpoint of plain data: reading it would call "
+            f"{', '.join(names)}, which may run any code. {trust}."
         )
     if any(name.startswith("lightning_uora.") for name in names):
         return (
-            f"{path} holds the adapted model itself among the hyperparameters; leave it out by "
-            f"save_hyperparameters(ignore=[...]). This file: load_from_checkpoint(..., name=model, "
-            "weights_only=False) with a fresh model in its place, if you trust the file."
+            f"{path} holds the adapted model itself among the hyperparameters; leave it out with "
+            "save_hyperparameters(ignore=[...]). If you trust this file, read it with "
+            "load_from_checkpoint(..., name=model, weights_only=False), where model is a fresh one."
         )
     short = ", ".join(name.rpartition(".")[2] for name in names)
     return (
-        f"{path} holds objects of {', '.join(names)} (among the hyperparameters, as a rule), and only plain "
-        f"data and torch's own modules are read. If you know what they are, read it within `with "
+        f"{path} holds objects of {', '.join(names)} (usually hyperparameters), but only plain "
+        "data and torch's own modules are read. If you know these classes, read it within `with "
         f"torch.serialization.safe_globals([{short}]):`; {trust}."
     )

@@ -88,8 +88,8 @@ def require_same(wrong: str | None) -> None:
     """Raise ``OSError`` where a difference was found."""
     if wrong is not None:
         raise OSError(
-            f"what was written reads back otherwise ({wrong}); the disk may be full or bad. The old files "
-            "are as they were."
+            f"what was written does not read back the same ({wrong}); the disk may be full or "
+            "faulty. The old files are unchanged."
         )
 
 

@@ -99,8 +99,8 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
     name, root = manifest.get("adapter", "default"), one.root
     if name != one.owner.name:
         raise ValueError(
-            f"adapter {name!r} computes in the checkpoint, and {one.owner.name!r} here; call set_adapter, or "
-            f"use UORACallback(adapter_name={name!r})."
+            f"adapter {name!r} is active in the checkpoint, but {one.owner.name!r} is active here; "
+            f"call set_adapter, or use UORACallback(adapter_name={name!r})."
         )
     for waiting in manifest.get("waiting", ()):
         name = waiting["adapter"]
@@ -113,7 +113,10 @@ def put_waiting(one: Attachment, manifest: Mapping[str, Any]) -> None:
         here = (list(item.projections.adapted), list(item.trained.values()))
         if different or here != (waiting["adapted"], waiting["trained"]):
             what = different or f"it is for {few(waiting['adapted'])}, here {few(here[0])}"
-            raise ValueError(f"adapter {name!r} of the checkpoint is another one than here: {what}.")
+            raise ValueError(
+                f"adapter {name!r} of the checkpoint is not the one here: {what}. Remove that one, or "
+                "load into a new module."
+            )
     if SHELF in root._modules and set(manifest.get("order", ())) == set(_names(one)):
         shelf_of(one).order = list(manifest["order"])
 

@@ -92,7 +92,10 @@ def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: T
         for one in attachments(pl_module):
             if one.owner.config not in theirs:
                 different = differences(one.owner.config, "in the module", own.config, "in the callback")
-                raise ValueError(f"the module has adapters of another configuration: {different}.")
+                raise ValueError(
+                    f"the module has adapters of another configuration: {different}. Detach them, or "
+                    "give the callback their configuration."
+                )
         try:
             attach_beside(pl_module, own.config)
         except BaseException:
@@ -146,14 +149,14 @@ def look_at_checkpoint(pl_module: LightningModule, checkpoint: dict[str, Any]) -
         return
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and checkpoint.get("optimizer_states"):
         raise MisconfigurationException(
-            "The checkpoint is of a run without UORA adapters, and its optimizer knows other parameters. To "
-            f"start from its weights: module = {type(pl_module).__name__}.load_from_checkpoint(...), then "
-            "fit without ckpt_path."
+            "The checkpoint is of a run without UORA adapters, so its optimizer state does not fit. "
+            "To start from its weights, call module = "
+            f"{type(pl_module).__name__}.load_from_checkpoint(...), then fit without ckpt_path."
         )
     if any(bool(m.uora_b.any()) for _, m in named_adapters(pl_module)):
         rank_zero_warn(
-            "The checkpoint holds no UORA adapters, and the module's are trained: it keeps them, on the "
-            "checkpoint's weights. For the checkpoint alone use a new module."
+            "The checkpoint holds no UORA adapters, so the module keeps its own trained ones on the "
+            "checkpoint's weights. To get the checkpoint alone, use a new module."
         )
 
 
@@ -187,7 +190,8 @@ def require_adapted(pl_module: LightningModule) -> None:
     """Raise ``MisconfigurationException`` where a fit would train without adapters."""
     if not is_adapted(pl_module):
         raise MisconfigurationException(
-            "UORACallback attached no adapter: configure_model was replaced or never ran."
+            "UORACallback attached no adapter, because configure_model was replaced or never ran; do "
+            "not replace it after the callback's setup."
         )
 
 

@@ -37,6 +37,6 @@ def calibrate_if_needed(
         with alone(trainer.world_size == 1), look.silenced(), look.progress() as forward:
             calibrate_with(one, batches, forward, around=pl_module, few=few)
         rank_zero_info(
-            f"UORA: A of {len(one.layers)} modules is set from the inputs of {len(batches)} batches, in "
+            f"UORA: set A of {len(one.layers)} modules from the inputs of {len(batches)} batches, in "
             f"{time.perf_counter() - started:.1f} s."
         )

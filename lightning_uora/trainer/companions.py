@@ -57,7 +57,8 @@ def _refuse_two_kinds(trainer: Trainer, own: Any) -> None:
     kinds = {own.checkpoint, *(other.checkpoint for other in others_of_its_kind(trainer, own))}
     if len(kinds) > 1:
         raise MisconfigurationException(
-            "Several UORACallbacks write one checkpoint: give all the same checkpoint='full' or 'adapter'."
+            "Several UORACallbacks write one checkpoint; give all of them the same checkpoint='full' "
+            "or 'adapter'."
         )
 
 
@@ -103,9 +104,9 @@ def _refuse_flattening_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
-            f"{type(strategy).__name__} flattens parameters after the adapters are attached: adapted modules "
-            "no longer find their weights, and refreshes not their vectors. Use ModelParallelStrategy, call "
-            "attach_uora and then fully_shard in configure_model; or use strategy='ddp'."
+            f"{type(strategy).__name__} flattens parameters after the adapters are attached, so "
+            "adapted modules no longer find their weights. Use ModelParallelStrategy and call "
+            "attach_uora, then fully_shard, in configure_model; or use strategy='ddp'."
         )
 
 
@@ -113,9 +114,9 @@ def _warn_of_spawned_copies(trainer: Trainer, pl_module: LightningModule) -> Non
     """Spawned and forked processes train copies; what comes back is loaded into what has a place for it."""
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not is_adapted(pl_module):
         rank_zero_warn(
-            "The processes of this strategy train copies: checkpoints will hold the adapters, but the module "
-            "given to fit gets none. Call attach_uora(module, callback.config) before fit, or use "
-            "strategy='ddp'."
+            "The processes of this strategy train copies of the module: checkpoints will "
+            "hold the adapters, but the module that you gave to fit gets none. Call "
+            "attach_uora(module, callback.config) before the fit, or use strategy='ddp'."
         )
 
 
@@ -123,8 +124,9 @@ def _accept_part_of_the_weights(strategy: ModelParallelStrategy, pl_module: Ligh
     """Weights are loaded strictly there, before any hook: see Note [Strategies that load weights first]."""
     if strategy._save_distributed_checkpoint:
         raise MisconfigurationException(
-            "checkpoint='adapter' leaves the base out, and folders of shards load whole or not at all; use "
-            "ModelParallelStrategy(save_distributed_checkpoint=False) or UORACallback(checkpoint='full')."
+            "checkpoint='adapter' leaves the base out, but folders of shards must hold the whole "
+            "model; use ModelParallelStrategy(save_distributed_checkpoint=False) or "
+            "UORACallback(checkpoint='full')."
         )
     pl_module.strict_loading = False
 
@@ -167,8 +169,8 @@ def _refuse_finetuning(trainer: Trainer) -> None:
     """``BackboneFinetuning`` freezes the vectors with the backbone, and later trains the frozen base."""
     if any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(trainer)):
         raise MisconfigurationException(
-            "BackboneFinetuning would freeze the adapters at first and train the frozen base later; name "
-            "what else is to train by UORACallback(trainable_modules=...) instead."
+            "BackboneFinetuning would first freeze the adapters and later train the frozen base; "
+            "remove it, and name what else should train in UORACallback(trainable_modules=...)."
         )
 
 

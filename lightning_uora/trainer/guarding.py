@@ -37,9 +37,9 @@ class Guard:
         still = [name for name, p in trained.items() if not p.requires_grad]
         if still:
             rank_zero_warn(
-                f"{_shown(still)} should train and do(es) not require gradients: frozen after UORACallback "
-                "was set up (in configure_optimizers, on_fit_start or by another callback). UORACallback "
-                "freezes the base itself; remove that."
+                f"{_shown(still)} should train, but something froze it after UORACallback was set up "
+                "(configure_optimizers, on_fit_start or another callback). Remove that; UORACallback "
+                "freezes the base itself."
             )
 
     def hold(self, trainer: Trainer) -> None:
@@ -53,9 +53,9 @@ class Guard:
             self._told.update(new)
             by = [type(one).__name__ for one in callbacks_of(trainer) if isinstance(one, BaseFinetuning)]
             rank_zero_warn(
-                f"{_shown(new)} of the frozen base began to require gradients during the run"
-                f"{f' (by {by[0]}?)' if by else ''}; UORACallback keeps them frozen. Name what is to "
-                "train in trainable_modules."
+                f"{_shown(new)} of the frozen base began to require gradients during the "
+                f"run{f' (by {by[0]}?)' if by else ''}; UORACallback keeps it frozen. To train it, name "
+                "it in trainable_modules."
             )
 
     def after_backward(self) -> None:
@@ -79,8 +79,8 @@ class Guard:
         """Warn of what should train and got no gradient; once."""
         if self._waiting and self._went_back:
             rank_zero_warn(
-                f"No gradient in the first optimizer step for {_shown(list(self._waiting))}: these "
-                "parameters do not train."
+                f"No gradient in the first optimizer step for {_shown(list(self._waiting))}: the loss "
+                "does not reach these parameters, so they do not train."
             )
             self._waiting = {}
 

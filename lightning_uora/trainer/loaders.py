@@ -43,6 +43,6 @@ def _copied(thing: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(thing, memo)
     except Exception as error:  # whatever the user's classes raise
         raise ValueError(
-            f"the training data cannot be looked at without using them up ({error}); call "
-            "calibrate(module, batches) with batches of your own before the fit."
+            f"calibration would use up the training data ({error}); call calibrate(module, batches) "
+            "with batches of your own before the fit."
         ) from error

@@ -131,23 +131,23 @@ def _carry_out(move: Move, rate: float | None, auto: bool, saved: list[int] | No
         return
     if saved is not None and len(saved) == len(move.optimizer.param_groups):
         rank_zero_warn(
-            f"The checkpoint is of a run whose {name} had no group for the vectors; it goes on like that, "
-            f"with them at lr={move.rate:g}. To give them vector_lr, start a run from its weights alone."
+            f"In the checkpoint's run {name} had no group for the vectors, so they go on at "
+            f"lr={move.rate:g}. To give them vector_lr, start a new run from the weights alone."
         )
         take_in(move)
         return
     hindrance = obstacle(move)
     if hindrance is None and auto and not is_adaptive(move.optimizer):
         rank_zero_warn(
-            f'vector_lr="auto" has no measured rate for {name}: the vectors train at its lr={move.rate:g}. '
-            "Give UORACallback(vector_lr=...), or use AdamW."
+            f'vector_lr="auto" has no measured rate for {name}, so the vectors train at its '
+            f"lr={move.rate:g}. Set UORACallback(vector_lr=...), or use AdamW."
         )
         take_in(move)
     elif hindrance is not None:
         rank_zero_warn(
-            f"vector_lr: no group of their own for the vectors with {hindrance}; they train at "
-            f"lr={move.rate:g}. Write it in configure_optimizers: groups = {WRITE.format(rate=rate)}; "
-            f"then {name}(groups)."
+            f"vector_lr: the vectors get no group of their own with {hindrance}, so they train at "
+            f"lr={move.rate:g}. Make the groups in configure_optimizers: groups = "
+            f"{WRITE.format(rate=rate)}; then {name}(groups)."
         )
         take_in(move)
     else:
@@ -157,8 +157,9 @@ def _carry_out(move: Move, rate: float | None, auto: bool, saved: list[int] | No
 def _leave_alone(move: Move, name: str) -> None:
     if move.missing:
         raise MisconfigurationException(
-            f"{name} was built without {len(move.missing)} adapter vectors, and vector_lr=None leaves it "
-            'alone: nothing would train them. Use vector_lr="auto", or build it in configure_optimizers.'
+            f"{name} was built without {len(move.missing)} of the vectors, and with vector_lr=None "
+            'they are not added, so they would not train. Use vector_lr="auto", or build the '
+            "optimizer in configure_optimizers."
         )
     if is_adaptive(move.optimizer) and move.peak(next(iter(move.found))) < SLOW:
         _warn_of_slow_vectors(move.optimizer, move.rate)
@@ -170,23 +171,24 @@ def _warn_of_users_group(move: Move, place: int) -> None:
     if any("max_lr" in group and other.get("max_lr") == group["max_lr"] for other in others):
         peak = float(group["max_lr"])
         rank_zero_warn(
-            f"One max_lr={peak:g} for all groups takes the adapter vectors' own rate from them; give the "
-            f"schedule a list, max_lr=[{peak:g}, {AUTO_RATE:g}], in the order of the groups."
+            f"max_lr={peak:g} for all groups replaces the vectors' own rate; give the schedule one "
+            f"rate for each group, in their order: max_lr=[{peak:g}, {AUTO_RATE:g}]."
         )
     elif is_adaptive(move.optimizer) and move.peak(place) < SLOW:
         _warn_of_slow_vectors(move.optimizer, move.peak(place))
     if group.get("weight_decay"):
         rank_zero_warn(
-            f"weight_decay={group['weight_decay']:g} on the adapter vectors pulls what they learned towards "
-            "zero; param_groups leaves them out."
+            f"weight_decay={group['weight_decay']:g} pulls the vectors towards zero; use "
+            "param_groups, which gives them no weight decay."
         )
 
 
 def _warn_of_slow_vectors(optimizer: Optimizer, rate: float) -> None:
     rank_zero_warn(
-        f"{type(optimizer).__name__} trains the adapter vectors at lr={rate:g}, at which they hardly move: "
-        f'they need about {AUTO_RATE:g}, whatever the rate of the rest. Use UORACallback(vector_lr="auto") '
-        f"with one group for all that trains, or {WRITE.format(rate=AUTO_RATE)}."
+        f"{type(optimizer).__name__} trains the vectors at lr={rate:g}, which hardly moves them: "
+        f"they need about {AUTO_RATE:g}, whatever the rate of the rest. Use "
+        'UORACallback(vector_lr="auto") with one group for all that trains, or '
+        f"{WRITE.format(rate=AUTO_RATE)}."
     )
 
 
@@ -213,9 +215,9 @@ def _check_saved(
     for optimizer, sizes in zip(optimizers, saved, strict=False):
         if len(sizes) > len(optimizer.param_groups):
             raise MisconfigurationException(
-                f"The checkpoint's {type(optimizer).__name__} has {len(sizes)} groups and this run's "
-                f"{len(optimizer.param_groups)}; was it written with another vector_lr than {vector_lr!r}? "
-                "Resume with that one."
+                f"The checkpoint's {type(optimizer).__name__} has {len(sizes)} groups, but this run's has "
+                f"{len(optimizer.param_groups)}; was it saved with another vector_lr than {vector_lr!r}? "
+                "Then resume with that one."
             )
 
 

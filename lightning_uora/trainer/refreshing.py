@@ -48,9 +48,9 @@ class Refreshing:
         chosen = schedule != ReinitSchedule()  # the default's four refreshes are nobody's wish
         if not due and chosen and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"reinit never refreshes in this run of {total_steps(trainer)} steps: its window, from "
-                f"start={schedule.start} to stop={schedule.stop} (fractions of the run; integers are steps), "
-                "is empty. reinit=None turns refreshes off."
+                f"reinit never refreshes in this run of {total_steps(trainer)} steps: no step of it is "
+                f"from start={schedule.start} to stop={schedule.stop} (fractions of the run; integers are "
+                "steps). Change them, or set reinit=None."
             )
 
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -80,7 +80,7 @@ class Refreshing:
                 rank_zero_warn(
                     f"reinit refreshed no row in {len(refresher.due)} attempts: "
                     f"threshold={schedule.threshold} ({schedule.threshold_mode}) or "
-                    f"max_fraction={schedule.max_fraction} is too low."
+                    f"max_fraction={schedule.max_fraction} is too low. Raise it, or set reinit=None."
                 )
 
     def state(self) -> dict[str, Any]:

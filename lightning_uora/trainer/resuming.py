@@ -56,7 +56,8 @@ class WaitingGradients:
         unknown = [name for name in self._loaded if name not in parameters]
         if unknown:
             rank_zero_warn(
-                f"The checkpoint has a waiting gradient for {unknown[0]}, which is not in the module."
+                f"The checkpoint has an accumulated gradient for {unknown[0]}, which is not in the "
+                "module; that gradient is dropped."
             )
         for name, gradient in self._loaded.items():
             if name in parameters:

@@ -33,11 +33,11 @@ class TrainingBatches:
         self._step: Any = own or self.module.training_step
         taken = is_param_in_hook_signature(self._step, "dataloader_iter", explicit=True)
         if own is None and (taken or not self.module.automatic_optimization):
-            why = "takes a dataloader_iter" if taken else "optimises by hand"
+            why = "takes a dataloader_iter" if taken else "uses manual optimisation"
             raise MisconfigurationException(
-                f"init='inputs' needs forwards without optimisation, but training_step {why}: give "
-                f"{type(self.module).__name__} a method calibration_step(self, batch, batch_idx) that only "
-                "runs the model."
+                f"init='inputs' needs forwards without optimisation, but training_step {why}; give "
+                f"{type(self.module).__name__} a method calibration_step(self, batch, batch_idx) that "
+                "only runs the model."
             )
 
     def first_batches(self, count: int) -> list[Any]:

@@ -99,7 +99,7 @@ def obstacle(move: Move) -> str | None:
     if unknown := unknown_schedulers(move.schedulers):
         return unknown[0]
     if not all(isinstance(group.get("lr"), (int, float, Tensor)) for group in move.optimizer.param_groups):
-        return f"{kind.__name__} with rates of its own making"
+        return f"{kind.__name__}, which sets its rates itself"
     return None
 
 

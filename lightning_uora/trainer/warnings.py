@@ -26,7 +26,8 @@ def warn_at_the_start(pl_module: LightningModule, config: UORAConfig, summary: S
     if summary.left:
         rank_zero_warn(
             f"Frozen at their start: {', '.join(summary.left)}. If they are new, name them in "
-            "trainable_modules; if they are meant to be frozen, requires_grad_(False) before the fit says so."
+            "trainable_modules. If they should stay frozen, call requires_grad_(False) on them "
+            "before the fit."
         )
     if said := never_moved(pl_module):
         rank_zero_warn(said)
@@ -35,7 +36,7 @@ def warn_at_the_start(pl_module: LightningModule, config: UORAConfig, summary: S
     if config.rank > USEFUL * widest:
         taken = sum(b.nbytes for one in attachments(pl_module) for b in one.owner.buffers()) / 2**20
         rank_zero_warn(
-            f"rank={config.rank} is more than layers of at most {widest} features have a use for: A and B "
+            f"rank={config.rank} is more than layers of at most {widest} features can use: A and B "
             f"take {taken:,.1f} MiB, and every step multiplies by them. Try {widest} or fewer."
         )
 
@@ -47,19 +48,20 @@ def _warn_of_evaluation_mode(pl_module: LightningModule, config: UORAConfig) -> 
     asked = [m for m in pl_module.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
     if asked:
         rank_zero_warn(
-            "Gradient checkpointing does nothing: the model is in evaluation mode, as from_pretrained leaves it; "
-            "call train() on the model before fitting."
+            "Gradient checkpointing does nothing: the model is in evaluation mode, as from_pretrained leaves "
+            "it; call train() on the model before fitting."
         )
     idle = [m for m in pl_module.modules() if isinstance(m, nn.Dropout) and m.p and not m.training]
     if config.dropout:
         rank_zero_warn(
             f"dropout={config.dropout} does nothing: the adapted modules are in evaluation mode, as "
-            "from_pretrained leaves them; call train() on the model before fitting."
+            "from_pretrained leaves them; call train() on the model before the fit."
         )
     elif idle:
         rank_zero_warn(
-            f"The model's own dropout ({len(idle)} modules) does nothing: it is in evaluation mode, as "
-            "from_pretrained leaves it; call train() on the model before fitting, or set its dropout to 0."
+            f"The model's own dropout ({len(idle)} modules) does nothing: the model is in evaluation "
+            "mode, as from_pretrained leaves it; call train() on it before the fit, or set its "
+            "dropout to 0."
         )
 
 
@@ -70,6 +72,7 @@ def warn_at_the_end(trainer: Trainer, pl_module: LightningModule) -> None:
     ratio = progress(pl_module)["update_ratio"]
     if ratio < TINY:
         rank_zero_warn(
-            f"The adapters hardly moved: norm(update) / norm(W) is {ratio:.2g} in the mean. Give the vectors "
-            'a higher rate (vector_lr="auto", or about 1e-2 under AdamW), or more steps.'
+            f"The adapters hardly moved: norm(update) / norm(W) is {ratio:.2g} on average. Give the "
+            'vectors a higher rate (vector_lr="auto", or about 1e-2 under AdamW), or train for '
+            "more steps."
         )

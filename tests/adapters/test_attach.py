@@ -192,7 +192,7 @@ def test_an_adapted_model_is_refused_and_so_is_one_with_an_adapted_part():
     attach_uora(model["net"], UORAConfig(rank=2, target_modules="all"))
     for root in (model, model["net"]):
         before = snapshot(root)
-        with pytest.raises(ValueError, match="adapted already; call detach_uora"):
+        with pytest.raises(ValueError, match="already adapted; call detach_uora"):
             attach_uora(root, UORAConfig(rank=2, target_modules="all"))
         assert snapshot(root) == before
     detach_uora(model)

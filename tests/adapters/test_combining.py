@@ -137,7 +137,7 @@ def test_what_cannot_be_summed_is_one_line_and_the_model_as_it_was(kind: str):
         detach_uora(model, merge=True, name=weights)
     assert "\n" not in str(raised.value)
     assert torch.equal(call(model, x), before)
-    with pytest.raises(ValueError, match="a mapping of names is for merge=True"):
+    with pytest.raises(ValueError, match="name can be a mapping only with merge=True"):
         detach_uora(model, name={"default": 1.0})
 
 

@@ -246,7 +246,7 @@ def test_disabled_adapters_show_the_base_and_writes_reach_it():
     whole = nn.Parameter(torch.randn(5, 6, 7, dtype=torch.double))
     model.experts.up_proj = whole
     torch.testing.assert_close(model.experts.up_proj * 1.0, whole * 1.0)
-    with pytest.raises(ValueError, match=r"can become another nn\.Parameter"):
+    with pytest.raises(ValueError, match=r"can only be set to an nn\.Parameter"):
         model.experts.up_proj = nn.Parameter(torch.zeros(4, 6, 7))
     with pytest.raises(ValueError, match=r"jit.script cannot compile adapted experts"):
         torch.jit.script(model.experts)
@@ -292,7 +292,7 @@ def test_experts_are_refreshed_saved_loaded_and_merged(tmp_path, share: str):
     assert torch.equal(base(x), wanted)
     if share == "layer":
         model.uora_projections.gradients = {(0, "up_proj"): torch.zeros(())}
-        with pytest.raises(ValueError, match="holds experts, never built whole"):
+        with pytest.raises(ValueError, match="holds experts, whose weight is never built whole"):
             refresh(model, ReinitSchedule(growth="gradient"))
     detach_uora(model, merge=True)
     torch.testing.assert_close(model(x), wanted)
@@ -353,7 +353,7 @@ def test_peft_loads_the_export_with_equal_outputs(tmp_path, kind: str, max_rank:
     error, moved = (found - wanted).norm(), (plain - wanted).norm()
     assert error < (1e-4 if max_rank is None else 0.9) * moved
     attach_uora(base, UORAConfig(4, ["experts.down_proj"], trainable_modules=()))
-    with pytest.raises(ValueError, match="holds experts, which PEFT's VeRA does not know"):
+    with pytest.raises(ValueError, match="holds experts, which PEFT's VeRA does not support"):
         export_peft(base, tmp_path / "vera", format="vera")
 
 
@@ -402,7 +402,7 @@ def test_experts_called_w1_and_w2_are_told_by_their_sizes():
 
 
 def test_experts_that_cannot_be_read_are_named_by_a_preset_outside_of_blocks_too():
-    with pytest.warns(UserWarning, match=r"passes by 'up'.*is_transposed on their module"):
+    with pytest.warns(UserWarning, match=r"does not adapt 'up'.*is_transposed on their module"):
         assert attach_uora(Unclear(), UORAConfig(2, "all-linear", trainable_modules=())) == ["lin"]
 
 
@@ -417,7 +417,7 @@ class Unclear(nn.Module):
 def test_experts_that_cannot_be_read_are_refused_by_name(make: str):
     if make == "unclear":
         model: nn.Module = Unclear()
-        name, reason = "up", "of which axis is which cannot be told"
+        name, reason = "up", "which does not show which axis is which"
     else:
         model, _ = model_and_input()
         packed = nn.Parameter(torch.zeros(5, 6, 7, dtype=torch.int8), requires_grad=False)
@@ -543,5 +543,5 @@ class FlatExperts(nn.Module):
 
 def test_experts_in_one_matrix_are_named_where_no_block_is_numbered():
     model = nn.ModuleDict({"first": nn.Linear(6, 6), "mixture": FlatExperts()})
-    with pytest.warns(UserWarning, match=r"passes by 'mixture.w1'"):
+    with pytest.warns(UserWarning, match=r"does not adapt 'mixture.w1'"):
         attach_uora(model, UORAConfig(2, "all-linear", trainable_modules=()))

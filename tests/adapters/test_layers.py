@@ -340,7 +340,7 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
 
 def test_reading_the_weight_past_dropout_warns():
     module = adapt(nn.Linear(7, 5), dropout=0.5).train()
-    with pytest.warns(UserWarning, match="dropout is not applied there"):
+    with pytest.warns(UserWarning, match="is used without dropout"):
         F.linear(torch.randn(2, 7), module.weight)
 
 

@@ -300,11 +300,11 @@ WRONG: dict[str, Any] = {
     "unknown": (lambda m: enter(m, ["secnd"] * 6), "no adapter is called 'secnd'; near misses: 'second'"),
     "length": (
         lambda m: enter(m, ["second"] * 6, 5),
-        "batch has 5 samples, and use_adapters was given 6 names",
+        "batch has 5 samples, but use_adapters was given 6 names",
     ),
-    "a string": (lambda m: enter(m, "second"), "names is one name for each sample"),
-    "empty": (lambda m: enter(m, []), "names is one name for each sample"),
-    "heads": (lambda m: (narrow(m), enter(m, ["narrow", "default"] * 3)), "a batch mixes"),
+    "a string": (lambda m: enter(m, "second"), "names must be a list of one name for each sample"),
+    "empty": (lambda m: enter(m, []), "names must be a list of one name for each sample"),
+    "heads": (lambda m: (narrow(m), enter(m, ["narrow", "default"] * 3)), "within one batch"),
 }
 
 
@@ -359,7 +359,7 @@ def test_a_weight_that_another_module_computes_with_is_refused_instead_of_the_ba
     before = model(x)
     with (
         use_adapters(model, NAMES),
-        pytest.raises(ValueError, match="the weight of 'rows' is read by another"),
+        pytest.raises(ValueError, match="another module reads the weight of 'rows'"),
     ):
         model(x)
     assert torch.equal(model(x), before)

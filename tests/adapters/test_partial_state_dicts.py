@@ -145,7 +145,9 @@ def test_a_from_the_inputs_that_is_not_there_is_an_error_that_names_it(share, on
 
 def test_a_record_of_another_seed_is_an_error_where_a_and_b_are_absent():
     model, other = run_of(1, seed=3), run_of(0, seed=4)
-    with pytest.raises(RuntimeError, match="its record is of seed=3, here seed=4; attach with the conf"):
+    with pytest.raises(
+        RuntimeError, match="its run had seed=3, but this model has seed=4; attach with the run's conf"
+    ):
         other.load_state_dict(kept(model, "uora_d", "uora_b", "record"), strict=False)
     other.load_state_dict(model.state_dict())  # whole, they need no seed
     assert same_projections(other, model)
@@ -210,6 +212,6 @@ def test_b_of_a_resized_layer_that_is_not_there_is_an_error():
     model, other = run_of(1), run_of(0)
     projections_of(model).resized = ["B_7"]
     with pytest.raises(
-        RuntimeError, match=r"lacks 'B_7', which the record cannot bring back \(its layer was"
+        RuntimeError, match=r"lacks 'B_7', which cannot be rebuilt from the record \(its layer was"
     ):
         other.load_state_dict(kept(model, "uora_d", "uora_b", "record"), strict=False)

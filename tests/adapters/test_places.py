@@ -148,7 +148,7 @@ def test_two_owners_at_one_root_keep_apart():
     model, x = net(), torch.randn(4, 6)
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     attach_uora(model, UORAConfig(rank=3, target_modules=["body.0"]))
-    with pytest.raises(ValueError, match=r"'body\.0' is adapted already"):
+    with pytest.raises(ValueError, match=r"'body\.0' is already adapted"):
         attach_beside(model, UORAConfig(rank=2, target_modules=["body.*"]))
     attach_beside(model, UORAConfig(rank=2, target_modules=["body.2"]))
     first, second = attachments(model)
@@ -161,7 +161,7 @@ def test_two_owners_at_one_root_keep_apart():
     want = model(x).detach()
     twin = copy.deepcopy(model)
     torch.testing.assert_close(twin(x), want)
-    with pytest.raises(ValueError, match="takes one adapted model, and here are several"):
+    with pytest.raises(ValueError, match="takes one adapted model, but there are several"):
         add_adapter(model, "another")
     detach_uora(model)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
@@ -195,7 +195,7 @@ def test_the_part_and_the_whole_are_as_good_as_the_root(tmp_path):
     other = net()
     assert load_adapter(other, tmp_path / "part") == ["body.0", "body.2"]
     torch.testing.assert_close(other(x), want)
-    with pytest.raises(ValueError, match="does not hold all that was trained"):
+    with pytest.raises(ValueError, match="does not hold everything that was trained"):
         save_adapter(whole.model.body, tmp_path / "less")
     assert not (tmp_path / "less").exists()
     detach_uora(whole.model, merge=True)

@@ -25,7 +25,7 @@ class Slow(Toy):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
 
 
-@pytest.mark.filterwarnings("ignore:AdamW trains the adapter vectors at lr=0.0001", "ignore:The adapters")
+@pytest.mark.filterwarnings("ignore:AdamW trains the vectors at lr=0.0001", "ignore:The adapters")
 @pytest.mark.parametrize("precision", RUNS)
 def test_vectors_move_at_a_small_rate(precision: str):
     """Both vectors: d from the second step on, when b has left zero."""
@@ -38,7 +38,7 @@ def test_vectors_move_at_a_small_rate(precision: str):
         assert 0 < module.uora_b.abs().max() < 2e-3, name
 
 
-@pytest.mark.filterwarnings("ignore:weight_decay=0.01 on the adapter vectors")
+@pytest.mark.filterwarnings("ignore:weight_decay=0.01 pulls the vectors")
 @pytest.mark.parametrize("precision", RUNS)
 def test_merged_output_equals_factored_output_within_the_precision(precision: str):
     """In training mode with gradients, under the precision plugin's own forward context."""

@@ -249,7 +249,7 @@ def test_the_functions_take_a_name_and_leave_what_computes(tmp_path):
     table = summarize(model, name="wide")
     assert table.adapter_params == 9 + 7
     assert table.waiting == ("default", "second")
-    assert "other adapters, waiting: default, wide" in str(summarize(model))
+    assert "inactive adapters: default, wide" in str(summarize(model))
     assert dict(named_adapters(model, "second")) == dict(named_adapters(model))
     assert [path for path, _ in named_adapters(model, "wide")] == ["body.2"]
     with pytest.raises(ValueError, match="no adapter is called 'wild'; near misses: 'wide'"):
@@ -281,16 +281,16 @@ def broken(tmp_path: Any) -> Any:
 WRONG = {
     "unknown": (lambda m, t: set_adapter(m, "defalt"), "called 'defalt'; near misses: 'default'"),
     "far off": (lambda m, t: set_adapter(m, "xyz"), "there are: 'default', 'second'"),
-    "twice": (lambda m, t: add_adapter(m, "second"), "an adapter 'second' is there already"),
-    "dot": (lambda m, t: add_adapter(m, "a.b"), "has no dot"),
-    "in use": (lambda m, t: remove_adapter(m, "second"), "is the adapter in use"),
+    "twice": (lambda m, t: add_adapter(m, "second"), "the model already has an adapter 'second'"),
+    "dot": (lambda m, t: add_adapter(m, "a.b"), "must not be empty or contain a dot"),
+    "in use": (lambda m, t: remove_adapter(m, "second"), "is the active adapter"),
     "remove unknown": (lambda m, t: remove_adapter(m, "first"), "no adapter is called 'first'"),
     "targets": (
         lambda m, t: add_adapter(m, "third", UORAConfig(4, ["nothing"])),
         "matches no module",
     ),
     "save unknown": (lambda m, t: save_adapter(m, t, name="no"), "no adapter is called 'no'"),
-    "load in use": (lambda m, t: load_adapter(m, saved(t), name="second"), "is adapted already, by 'second'"),
+    "load in use": (lambda m, t: load_adapter(m, saved(t), name="second"), "is already adapted, by 'second'"),
     "load damaged": (lambda m, t: load_adapter(m, broken(t), name="third"), "is damaged"),
     "load another base": (lambda m, t: load_adapter(m, foreign(t), name="third"), "another base"),
 }  # fmt: skip
@@ -440,5 +440,5 @@ def test_an_adapter_is_added_through_a_part_and_a_copy_of_a_part_is_refused():
     assert add_adapter(model.model, "second") == ["lin"]
     assert adapter_names(model) == ["default", "second"]
     copied = copy.deepcopy(model.model)
-    with pytest.raises(ValueError, match="the model that was given to attach_uora"):
+    with pytest.raises(ValueError, match="the model that you gave to attach_uora"):
         set_adapter(copied, "default")

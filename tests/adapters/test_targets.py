@@ -174,7 +174,7 @@ def test_a_preset_that_finds_nothing_names_what_there_is_and_recommends_nothing_
     ) as error:
         chosen(Recurrent(), preset)
     assert " Use " not in str(error.value)
-    with pytest.raises(ValueError, match=r"trained as they are \(heads\): 'fc'; name one in full") as error:
+    with pytest.raises(ValueError, match=r"heads that train in full: 'fc'; to adapt one") as error:
         chosen(Recurrent(fc=nn.Linear(5, 2)), preset)
     assert " Use " not in str(error.value)
     assert chosen(Recurrent(fc=nn.Linear(5, 2)), "fc") == ("fc",)
@@ -184,7 +184,7 @@ def test_what_was_given_is_not_recommended():
     model = Recurrent(conv=nn.Conv1d(3, 4, 2))
     with pytest.raises(ValueError, match=r"1 LSTM, 1 Conv1d.* Use 'all', or name layers"):
         chosen(model, "all-linear")
-    with pytest.raises(ValueError, match="Excluded, or trained as they are") as error:
+    with pytest.raises(ValueError, match="These layers are excluded") as error:
         chosen(model, "all", exclude_modules=["conv"])
     assert " Use " not in str(error.value)
 
@@ -287,8 +287,11 @@ class Experts(nn.Module):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("experts", r"'experts' is a Experts whose weights are bare parameters of 3 axes \(up\), which UORA"),
-        ("experts.up", r"have shape \(4, 3, 3\), of which axis is which cannot be told; set is_transposed"),
+        (
+            "experts",
+            r"'experts' is a Experts whose weights are bare parameters with 3 axes \(up\), which UORA",
+        ),
+        ("experts.up", r"have shape \(4, 3, 3\), which does not show which axis is which; set is_transposed"),
         ("convs", r"Sequential without Linear-like layers in it; name its convolutions, such as 'convs\.1'"),
         ("lstm", "'lstm' is a LSTM; UORA adapts nn.Linear"),
     ],
@@ -376,7 +379,7 @@ def test_trainable_modules_by_pattern_or_none(vit: nn.Module):
         ({"target_modules": "norm1"}, r"'blocks.0.norm1' is a LayerNorm; UORA adapts nn.Linear"),
         ({"target_modules": "norm"}, r"'norm' is a LayerNorm; UORA adapts nn.Linear"),
         ({"target_modules": "act"}, r"'blocks.0.mlp.act' is a GELU; UORA adapts nn.Linear"),
-        ({"target_modules": "attn.qkv.weight"}, r"names a parameter, 'blocks.0.attn.qkv.weight', and UORA"),
+        ({"target_modules": "attn.qkv.weight"}, r"is a parameter, 'blocks.0.attn.qkv.weight', but UORA"),
         ({"target_modules": "blocks.0", "exclude_modules": "blocks"}, "only modules that are excluded"),
         (
             {"target_modules": r"re:attn\.qkv"},

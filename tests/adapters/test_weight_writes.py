@@ -110,7 +110,7 @@ def test_what_cannot_be_a_weight_is_refused_and_nothing_changes():
     with torch.no_grad():
         before = root(x)
     with pytest.raises(
-        ValueError, match=r"another nn.Parameter of its shape \(5, 7\), not a Parameter of shape"
+        ValueError, match=r"an nn.Parameter of its shape \(5, 7\), not to a Parameter of shape"
     ):
         layer.weight = nn.Parameter(torch.zeros(6, 7))
     with pytest.raises(ValueError, match="detach_uora"):

@@ -116,7 +116,7 @@ def llama(tied: bool = True) -> LlamaForCausalLM:
 def test_a_tied_weight_trains_under_either_name_and_that_is_said(tmp_path):
     for name, other in (("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")):
         model = llama()
-        with pytest.warns(UserWarning, match=f"is one weight with {other}.weight: training one trains both"):
+        with pytest.warns(UserWarning, match=f"and {other}.weight are one weight: training one trains both"):
             attach_uora(model, UORAConfig(rank=4, target_modules=["q_proj"], trainable_modules=[name]))
         assert model.lm_head.weight.requires_grad
         move(model)
@@ -157,7 +157,7 @@ def test_what_the_user_froze_beside_parts_that_train_stays_and_the_table_says_so
         model = Student()
         assert all(name.startswith("net.") for name in attach_uora(model, UORAConfig(4, targets)))
         assert summarize(model).kept == ("teacher",)
-        assert "left as you froze it: teacher" in str(summarize(model))
+        assert "frozen by you: teacher" in str(summarize(model))
 
 
 def test_a_frozen_layer_that_is_named_in_full_is_adapted():
@@ -187,7 +187,7 @@ def test_experts_that_a_preset_passes_by_are_named(target):
     for module in stacks:  # as a quantiser would leave them
         module.gate_up_proj = nn.Parameter(module.gate_up_proj.to(torch.int8), requires_grad=False)
     with pytest.warns(
-        UserWarning, match=r"passes by 'model.layers.\*.mlp.experts.gate_up_proj'.*% of the weights"
+        UserWarning, match=r"does not adapt 'model.layers.\*.mlp.experts.gate_up_proj'.*% of the weights"
     ):
         names = attach_uora(model, UORAConfig(rank=4, target_modules=target))
     assert "model.layers.1.mlp.experts.down_proj" in names

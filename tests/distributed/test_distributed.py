@@ -313,7 +313,9 @@ def test_whole_copies_of_sharded_weights_are_not_kept_in_evaluation(runs):
 
 def test_a_sharded_model_is_neither_detached_nor_exported(runs):
     found = runs.one("tools")
-    assert found["detach"].startswith("ValueError: model is sharded, and its shards know its adapters; save")
+    assert found["detach"].startswith(
+        "ValueError: model is sharded, and a sharded model cannot be detached; save"
+    )
     assert found["export"].startswith("ValueError: model is sharded; save a checkpoint and export that file")
     assert found["weight kept"]
 
@@ -326,8 +328,11 @@ def test_a_sharded_model_is_neither_detached_nor_exported(runs):
         ("inputs", "call calibrate after attach_uora and before fully_shard"),
         ("sharded first", "weight of module 'body.0' (Linear) is sharded; call attach_uora before"),
         ("another rank", "adapters of another configuration: rank (4 saved, 3 here)"),
-        ("another architecture", "the adapter is for 'body.0', this model's are 'body.0', 'body.2'"),
-        ("another base", "trained on another base: 'body.0.weight' differ"),
+        (
+            "another architecture",
+            "the adapter is for 'body.0', but this model has adapters at 'body.0', 'body.2'",
+        ),
+        ("another base", "trained on another base (different: 'body.0.weight'"),
     ],
 )
 def test_what_a_sharded_run_cannot_do_is_refused(runs, fault: str, message: str):

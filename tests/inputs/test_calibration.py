@@ -293,7 +293,7 @@ BAD = {
         "inputs of weight of module 'second' have non-finite",
     ),
     "non-finite batch": ([torch.full((9, 4), float("inf"))], None, "inputs of weight of module 'first' have"),
-    "too few": ([torch.randn(2, 4)], None, "module 'first' receives 2 rows, fewer than the 3 axes wanted"),
+    "too few": ([torch.randn(2, 4)], None, "module 'first' receives only 2 rows, but calibration needs 3"),
     "not reached": (
         [torch.randn(9, 4)],
         never_second,
@@ -331,11 +331,11 @@ def test_calibrate_is_for_a_model_that_waits_for_it():
         calibrate(other, [torch.randn(9, 4)])
     model = adapted(Shifting(), "all-linear")
     calibrate(model, [torch.randn(9, 4)])
-    with pytest.raises(ValueError, match=r"calibrated already.*detach_uora"):
+    with pytest.raises(ValueError, match=r"already calibrated.*detach_uora"):
         calibrate(model, [torch.randn(9, 4)])
     with torch.device("meta"):
         empty = Shifting()
-    with pytest.raises(ValueError, match="on meta and has no inputs yet"):
+    with pytest.raises(ValueError, match="on the meta device"):
         calibrate(adapted(empty, "all-linear"), [torch.randn(9, 4, device="meta")])
 
 
@@ -358,7 +358,7 @@ def peft_folder(model, path):
     export_peft(model, path)
 
 
-@pytest.mark.filterwarnings("ignore:PEFT's format has no place for BatchNorm")
+@pytest.mark.filterwarnings("ignore:PEFT's format cannot store BatchNorm")
 @pytest.mark.parametrize(
     ("action", "run"),
     [
@@ -373,7 +373,7 @@ def peft_folder(model, path):
 @pytest.mark.parametrize("compute", ["merged", "factored"])
 def test_without_calibration_nothing_trains_is_saved_exported_or_refreshed(tmp_path, action, run, compute):
     model = adapted(Shifting(), "all-linear", compute=compute)
-    with pytest.raises(ValueError, match=f"{action} needs A, .* found by calibrate"):
+    with pytest.raises(ValueError, match=f"{action} needs A, .* comes from calibrate"):
         run(model, tmp_path / "a")
     with torch.no_grad():
         model(torch.randn(9, 4))
@@ -502,7 +502,7 @@ def test_export_as_lora_loads_in_peft_with_equal_outputs_and_vera_is_refused(tmp
     x = torch.randn(4, 7)
     there = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
     torch.testing.assert_close(there(x), model(x))
-    with pytest.raises(ValueError, match="VeRA knows one A and one B; use format='lora'"):
+    with pytest.raises(ValueError, match="VeRA has one A and one B for all; use format='lora'"):
         export_peft(model, tmp_path / "vera", format="vera")
 
 
@@ -615,7 +615,7 @@ def test_ranks_sum_their_moments_to_the_same_a_and_fail_together(tmp_path):
     assert set(one) == set(two)
     assert all(torch.equal(t, two[name]) for name, t in one.items())
     check_axes(one["A_7_0"], x)
-    assert "another rank failed" in error
+    assert "another process failed" in error
     assert "batch 0 was refused" in other
 
 

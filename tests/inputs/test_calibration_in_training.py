@@ -150,7 +150,7 @@ def test_where_there_are_fewer_batches_those_are_used(options, rows: int):
 
 
 def test_too_few_rows_name_the_module_but_not_in_a_smoke_run():
-    with pytest.raises(ValueError, match=r"'body.0' receives 4 rows, fewer than the 6 axes wanted"):
+    with pytest.raises(ValueError, match=r"'body.0' receives only 4 rows, but calibration needs 6"):
         trainer(inputs(rank=8, calibration_batches=1)).fit(made(), data())
     trainer(inputs(rank=8), fast_dev_run=True).fit(made(), data())
 
@@ -172,7 +172,7 @@ def test_the_time_taken_is_said_and_a_bar_may_be_shown(capsys, caplog):
         logging.getLogger("lightning.pytorch.utilities.rank_zero").propagate = True
         logging.getLogger("lightning.pytorch").propagate = True
         run.fit(made(), data(), data())
-    assert "A of 2 modules is set from the inputs of 4 batches, in " in caplog.text
+    assert "set A of 2 modules from the inputs of 4 batches, in " in caplog.text
 
 
 class ByHand(Toy):
@@ -195,7 +195,7 @@ class ByHandWithStep(ByHand):
 
 def test_manual_optimisation_needs_a_calibration_step():
     with pytest.raises(
-        MisconfigurationException, match="optimises by hand: give ByHand a method calibration_step"
+        MisconfigurationException, match="uses manual optimisation; give ByHand a method calibration_step"
     ):
         trainer(inputs()).fit(made(ByHand), data())
     model = made(ByHandWithStep)
@@ -266,7 +266,7 @@ def test_an_iterable_dataset_is_not_used_up_and_an_iterator_is_refused():
     model = made(Watching)
     trainer(inputs(), max_epochs=1).fit(model, DataLoader(Stream(), batch_size=4))
     assert torch.equal(torch.cat(model.batches), data().dataset.tensors[0])
-    with pytest.raises(ValueError, match="without using them up"):
+    with pytest.raises(ValueError, match="would use up the training data"):
         trainer(inputs(), limit_train_batches=3).fit(made(), (batch for batch in data()))
 
 
@@ -416,7 +416,9 @@ def test_a_finder_that_trains_before_calibration_says_so(tmp_path):
         lr = 0.01
 
     run = trainer(inputs(), default_root_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"training needs A.*finders run before that: calibrate by hand"):
+    with pytest.raises(
+        ValueError, match=r"training needs A.*finders run earlier: before them, call it yourself"
+    ):
         Tuner(run).lr_find(made(Rated), data(), num_training=3)
 
 

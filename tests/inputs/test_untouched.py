@@ -154,7 +154,9 @@ def test_the_twin_shares_the_data():
 
 
 def test_what_iterating_uses_up_is_refused_with_advice():
-    with pytest.raises(ValueError, match=r"without using them up .*call calibrate\(module, batches\) with"):
+    with pytest.raises(
+        ValueError, match=r"would use up the training data .*call calibrate\(module, batches\) with"
+    ):
         twin(x for x in range(3))
 
 

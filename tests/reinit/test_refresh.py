@@ -465,7 +465,7 @@ def test_due_steps(schedule, total, expected):
 def test_fractions_of_an_endless_run_are_refused_with_advice():
     with pytest.raises(
         ValueError,
-        match=r"start=0.03 is a fraction of the run, which has no end that is known.*give start and stop",
+        match=r"start=0.03 is a fraction of the run, whose length is not known.*give start and stop",
     ):
         ReinitSchedule().due_steps(None)
 

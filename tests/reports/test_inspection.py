@@ -202,7 +202,7 @@ def test_a_model_that_looks_at_numbers_has_no_peak():
         model = Looks()
     found = inspect_model(model, UORAConfig(2, "all-linear", trainable_modules=()))
     assert found.peak_bytes is None
-    assert any("not known" in line for line in found.lines())
+    assert any("unknown" in line for line in found.lines())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4-double", "int8"])
@@ -285,7 +285,7 @@ def test_a_hub_that_cannot_be_reached_costs_one_short_wait(name, monkeypatch, ca
     hub = Hub(monkeypatch, urllib.error.URLError("no route"))
     assert main(["inspect", name]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"{name!r} is no timm model" in line
+    assert f"{name!r} is not a timm model" in line
     assert "not in the local hub cache, and the hub cannot be reached (no route)" in line
     assert hub.asked == [True]
     assert hub.waited == [("https://huggingface.co", 5)]
@@ -311,14 +311,14 @@ def test_a_hub_without_the_name_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", hub.read)
     assert main(["inspect", "google/vit_base_patch16_24"]) == 2
     said = capsys.readouterr().err
-    assert "the hub gives no configuration of this name. Near misses: vit_base_patch16_224" in said
+    assert "the hub has no configuration of this name. Near misses: vit_base_patch16_224" in said
 
 
 def test_offline_the_hub_is_left_alone(monkeypatch, capsys):
     hub = Hub(monkeypatch, None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main(["inspect", "some/model"]) == 2
-    assert "HF_HUB_OFFLINE keeps it from the hub" in capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert (hub.asked, hub.waited) == ([True], [])
 
 
@@ -386,7 +386,9 @@ def test_projections_have_the_dtype_that_the_configuration_names(tmp_path, capsy
 
 def test_an_architecture_that_transformers_lacks_is_said(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["FooForCausalLM"]}))
-    with pytest.warns(UserWarning, match="no class 'FooForCausalLM': its backbone, LlamaModel, is counted"):
+    with pytest.warns(
+        UserWarning, match="no class 'FooForCausalLM'; the counts are those of its backbone, LlamaModel"
+    ):
         assert main(["inspect", str(tmp_path), "--rank", "8", "--json"]) == 0
 
 

@@ -134,11 +134,11 @@ def test_a_folder_that_cannot_be_loaded_is_refused_by_name_and_disturbs_no_other
             pass
         torch.testing.assert_close(model(X), alone(folder, "a"))
         assert bank.resident == ["a"]
-    with pytest.raises(ValueError, match="4 different adapters are named, and the bank's limit is 3"):
+    with pytest.raises(ValueError, match="4 different adapters are named, but the bank's limit is 3"):
         bank._fetch(list("acde"))
     with pytest.raises(ValueError, match="limit=0 is not allowed"):
         AdapterBank(model, folder, limit=0)
-    with pytest.raises(FileNotFoundError, match="is no directory"):
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
         AdapterBank(model, folder / "nowhere")
 
 

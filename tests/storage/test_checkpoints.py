@@ -190,7 +190,7 @@ def test_loading_takes_the_arguments_of_the_class_alone(tmp_path):
     run.fit(made(), data())
     run.save_checkpoint(tmp_path / "a.ckpt")
     for name in ("map_location", "strict"):
-        with pytest.raises(ValueError, match=f"{name} is not an argument here: the module comes whole"):
+        with pytest.raises(ValueError, match=f"{name} is not an argument here: the module comes back whole"):
             load_from_checkpoint(Normed, tmp_path / "a.ckpt", **{name: "cpu"})
 
 

@@ -125,7 +125,7 @@ def test_layers_at_or_below_it_stay_as_they_are(tmp_path, caplog):
     export_peft(model, tmp_path / "plain")
     with caplog.at_level(logging.INFO, "lightning_uora"):
         export_peft(model, tmp_path / "short", max_rank=5)
-    assert "max_rank=5: no layer is above it; the export is exact." in caplog.text
+    assert "max_rank=5: no layer has a higher rank; the export is exact." in caplog.text
     plain, short = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "short"))
     assert plain.keys() == short.keys()
     assert all(torch.equal(plain[name], short[name]) for name in plain)
@@ -155,7 +155,9 @@ def test_an_update_that_is_zero_loses_nothing(tmp_path, caplog):
 
 def test_a_rank_that_vllm_does_not_take_is_told_once_with_what_to_do(tmp_path):
     _, model = adapted(513)
-    with pytest.warns(UserWarning, match="rank 513, and vLLM takes at most 512; max_rank=512") as caught:
+    with pytest.warns(
+        UserWarning, match="rank 513, but vLLM takes at most 512; export with max_rank=512"
+    ) as caught:
         export_peft(model, tmp_path)
     assert [warning.filename for warning in caught] == [__file__]
     _, model = adapted(512)
@@ -176,7 +178,7 @@ def test_an_update_that_is_not_finite_is_refused_by_name(tmp_path):
     _, model = adapted(9)
     with torch.no_grad():
         model.wide.uora_b[2] = torch.nan
-    with pytest.raises(ValueError, match=r"'wide.uora_b' of the model has values that are not finite"):
+    with pytest.raises(ValueError, match=r"non-finite values in 'wide.uora_b' of the model"):
         export_peft(model, tmp_path / "out", max_rank=4)
     assert not (tmp_path / "out").exists()
 

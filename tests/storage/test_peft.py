@@ -169,7 +169,7 @@ REFUSED = {
     "trained biases": (
         lambda: trained(nn.Sequential(nn.Linear(5, 5)), target_modules="all", bias="all"),
         "lora",
-        "0.bias was trained by itself",
+        "0.bias is a bare parameter that was trained",
     ),
     "unknown format": (
         lambda: trained(nn.Sequential(nn.Linear(5, 5)), target_modules="all"),
@@ -190,12 +190,12 @@ REFUSED = {
     "a name that PEFT has itself": (
         lambda: trained(nn.ModuleDict({"body": nn.Linear(5, 5), "out": nn.Linear(5, 3)}), **OUT),
         "lora",
-        "PEFT would take its own 'lora_dropout' for the trained module 'out'",
+        "PEFT would mistake its own 'lora_dropout' for the trained module 'out'",
     ),
     "a name that PEFT has itself, as vera": (
         lambda: trained(nn.ModuleDict({"body": nn.Linear(5, 5), "out": nn.Linear(5, 3)}), **OUT),
         "vera",
-        "PEFT would take its own 'vera_dropout' for the trained module 'out'",
+        "PEFT would mistake its own 'vera_dropout' for the trained module 'out'",
     ),
     "a trained weight shared with all that is adapted": (
         lambda: trained(Tied(), target_modules=["write"], trainable_modules=["read"]),
@@ -223,7 +223,7 @@ def test_convolution_as_lora_with_stride_and_padding(tmp_path):
 
 def test_batchnorm_statistics_are_warned_about(tmp_path):
     model = trained(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), target_modules="all")
-    with pytest.warns(UserWarning, match="no place for BatchNorm statistics"):
+    with pytest.warns(UserWarning, match="cannot store BatchNorm statistics"):
         export_peft(model, tmp_path)
 
 

@@ -188,7 +188,7 @@ def test_a_second_folder_of_several_is_refused_in_a_line(tmp_path):
     save_adapter(towers, tmp_path)
     with pytest.raises(ValueError, match="call detach_uora"):
         load_adapter(towers, tmp_path, name="again")
-    with pytest.raises(ValueError, match=r"seen \('0', 2 layers\), read \('0', 2 layers\); give one of them"):
+    with pytest.raises(ValueError, match=r"seen \('0', 2 layers\), read \('0', 2 layers\); pass one of them"):
         add_adapter(towers, "again")
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_list_of_manifests_is_refused(tmp_path):
 def test_when_the_second_callback_is_refused_the_module_is_as_it_was():
     towers, before = Towers(), Towers()
     callbacks = [UORACallback(3, ["seen.0"]), UORACallback(2, ["seen.0"], seed=4)]
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(ValueError, match="already adapted"):
         fitted(towers, callbacks)
     assert list(towers.state_dict()) == list(before.state_dict())
     assert all(p.requires_grad for p in towers.parameters())

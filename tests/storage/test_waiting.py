@@ -144,8 +144,8 @@ def test_merge_and_export_take_the_adapter_that_is_named(trained, kind, tmp_path
 def test_show_lists_them(trained, kind, capsys):
     assert main(["show", str(trained[1])]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "two (computes), default, three" in told
-    assert "adapters that wait" in told
+    assert "two (active), default, three" in told
+    assert "inactive adapters" in told
 
 
 class Lean(Task):
@@ -167,12 +167,14 @@ def test_what_the_module_has_beside_the_checkpoint_stays(kind, tmp_path):
 
 def test_another_name_or_configuration_is_one_line_and_the_module_as_it_was(trained, kind):
     _, path, _ = trained
-    with pytest.raises(ValueError, match=r"adapter 'two' computes in the checkpoint, and 'other' here; .*"):
+    with pytest.raises(
+        ValueError, match=r"adapter 'two' is active in the checkpoint, but 'other' is active here; .*"
+    ):
         fit(Task(), 2, callback("other", kind), 2, path)
     module = Task()
     fit(module, 1, callback("default", kind, rank=2), 1)
     before = outputs(module)
-    with pytest.raises(ValueError, match=r"adapter 'default' of the checkpoint is another one than here: "):
+    with pytest.raises(ValueError, match=r"adapter 'default' of the checkpoint is not the one here: "):
         fit(module, 2, callback("two", kind), 2, path)
     set_adapter(module, "default")
     assert torch.equal(outputs(module), before)

@@ -126,5 +126,5 @@ def test_a_prediction_takes_names_from_its_batches(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a.b", 3])
 def test_a_name_that_cannot_be_is_refused_when_the_callback_is_made(name):
-    with pytest.raises(ValueError, match="an adapter's name has no dot and is not empty"):
+    with pytest.raises(ValueError, match="an adapter's name must not be empty or contain a dot"):
         UORACallback(adapter_name=name)

@@ -495,17 +495,17 @@ class HomeSchedule(S.LRScheduler):
         (
             torch.optim.LBFGS,
             {"lr": 0.1},
-            r"no group of their own for the vectors with LBFGS, which has one.*lr=0.1",
+            r"the vectors get no group of their own with LBFGS, which has one.*lr=0.1",
         ),
         (
             Home,
             {},
-            r"with Home; they train at lr=0.1. Write it in configure_optimizers: groups = param_groups",
+            r"with Home, so they train at lr=0.1. Make the groups in configure_optimizers: groups = param",
         ),
         (
             torch.optim.SGD,
             {"lr": 0.1},
-            r'vector_lr="auto" has no measured rate for SGD: .*lr=0.1. Give UORACallb',
+            r'vector_lr="auto" has no measured rate for SGD, so .*lr=0.1. Set UORACallb',
         ),
         (torch.optim.Adafactor, {}, r"has no measured rate for Adafactor"),
     ],
@@ -526,7 +526,7 @@ def test_an_unknown_schedule_is_named_and_nothing_is_half_done():
             return [optimizer], [HomeSchedule(optimizer)]
 
     module = Module()
-    with pytest.warns(UserWarning, match=r"no group of their own for the vectors with HomeSchedule"):
+    with pytest.warns(UserWarning, match=r"the vectors get no group of their own with HomeSchedule"):
         trainer(callback(vector_lr=RATE)).fit(module, data())
     assert len(module.trainer.optimizers[0].param_groups) == 1
 
@@ -539,9 +539,7 @@ def test_a_wrong_rate_is_refused_when_the_callback_is_made(rate):
 
 def test_none_leaves_the_optimizer_alone_and_warns_where_the_vectors_cannot_move():
     module = one_group(torch.optim.AdamW, lr=2e-5)
-    with pytest.warns(
-        UserWarning, match=r"AdamW trains the adapter vectors at lr=2e-05, at which they hardly"
-    ):
+    with pytest.warns(UserWarning, match=r"AdamW trains the vectors at lr=2e-05, which hardly moves"):
         trainer(callback(vector_lr=None)).fit(module, data())
     assert len(module.trainer.optimizers[0].param_groups) == 1
 
@@ -555,7 +553,7 @@ def test_none_with_an_optimizer_that_does_not_know_the_vectors_is_refused():
         def configure_optimizers(self):
             return self.early
 
-    with pytest.raises(Exception, match=r"built without 4 adapter vectors.*nothing would train them"):
+    with pytest.raises(Exception, match=r"built without 4 of the vectors.*they would not train"):
         trainer(callback(vector_lr=None)).fit(Early(), data())
 
 
@@ -569,8 +567,8 @@ def test_one_max_lr_over_the_users_groups_and_decay_of_the_vectors_are_told():
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     with (
-        pytest.warns(UserWarning, match=r"One max_lr=0.005 for all groups.*max_lr=\[0.005, 0.01\]"),
-        pytest.warns(UserWarning, match=r"weight_decay=0.1 on the adapter vectors"),
+        pytest.warns(UserWarning, match=r"max_lr=0.005 for all groups.*max_lr=\[0.005, 0.01\]"),
+        pytest.warns(UserWarning, match=r"weight_decay=0.1 pulls the vectors"),
     ):
         trainer(callback()).fit(Own(), data())
 
@@ -589,14 +587,14 @@ def test_a_checkpoint_of_a_run_without_the_group_goes_on_as_it_was(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     trainer(callback(vector_lr=None), save, enable_checkpointing=True).fit(unbroken, equal_batches())
     again = module()
-    with pytest.warns(UserWarning, match=r"checkpoint is of a run whose AdamW had no group.*lr=0.05"):
+    with pytest.warns(UserWarning, match=r"checkpoint.s run AdamW had no group.*lr=0.05"):
         trainer(callback()).fit(again, equal_batches(), ckpt_path=tmp_path / "step=3.ckpt")
     assert_equal(unbroken, again)
     with_group = module()
     save = ModelCheckpoint(tmp_path / "new", filename="{step}", every_n_train_steps=3, save_top_k=-1)
     trainer(callback(), save, enable_checkpointing=True, max_epochs=1).fit(with_group, equal_batches())
     with pytest.raises(
-        Exception, match=r"checkpoint's AdamW has 2 groups and this run's 1; was it written with"
+        Exception, match=r"checkpoint's AdamW has 2 groups, but this run's has 1; was it saved with"
     ):
         trainer(callback(vector_lr=None)).fit(
             module(), equal_batches(), ckpt_path=tmp_path / "new" / "step=3.ckpt"
@@ -667,9 +665,7 @@ def test_training_that_hardly_moves_the_adapters_is_told_at_its_end():
 
 
 def test_a_rank_beyond_what_the_widths_can_use_is_told_with_its_cost():
-    with pytest.warns(
-        UserWarning, match=r"rank=40 is more than layers of at most 6 features have a use for: .*MiB"
-    ):
+    with pytest.warns(UserWarning, match=r"rank=40 is more than layers of at most 6 features can use: .*MiB"):
         trainer(callback(rank=40)).fit(Toy(), data())
 
 

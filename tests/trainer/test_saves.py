@@ -56,7 +56,7 @@ def test_a_plain_checkpoint_over_trained_adapters_is_said(tmp_path):
         model, data(), ckpt_path=tmp_path / "plain.ckpt", **TENSORS_ONLY
     )  # fresh ones: nothing to say
     run.fit(model, data())
-    with pytest.warns(UserWarning, match="holds no UORA adapters, and the module's are trained"):
+    with pytest.warns(UserWarning, match="holds no UORA adapters, so the module keeps its own trained ones"):
         run.predict(model, data(), ckpt_path=tmp_path / "plain.ckpt", **TENSORS_ONLY)
 
 

@@ -99,7 +99,7 @@ def test_the_vectors_of_each_callback_get_a_group_of_their_own():
 
 def test_the_same_module_twice_is_refused_in_a_line():
     first, _ = pair()
-    with pytest.raises(ValueError, match=r"'body\.0' is adapted already"):
+    with pytest.raises(ValueError, match=r"'body\.0' is already adapted"):
         trainer(first, callback(rank=2, target_modules=["body.*"])).fit(Seeded(), data())
 
 
@@ -107,7 +107,7 @@ def test_several_callbacks_write_one_kind_of_checkpoint():
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     first, _ = pair()
-    with pytest.raises(MisconfigurationException, match="give all the same checkpoint="):
+    with pytest.raises(MisconfigurationException, match="give all of them the same checkpoint="):
         trainer(first, pair(checkpoint="adapter")[1]).fit(Seeded(), data())
 
 
@@ -130,10 +130,7 @@ def test_two_towers_are_refreshed_saved_loaded_and_merged(tmp_path, kind, capsys
     torch.testing.assert_close(out(merged), want, atol=1e-5, rtol=1e-5)
     capsys.readouterr()
     assert main(["export", str(path), str(tmp_path / "peft")]) == 2
-    assert (
-        "several adapted models, at vision, text; name one, or what holds its layers, by --submodule"
-        in capsys.readouterr().err
-    )
+    assert "several adapted models, at vision, text; choose one with --submodule" in capsys.readouterr().err
     assert main(["export", str(path), str(tmp_path / "peft"), "--submodule", "text"]) == 0
 
 
@@ -143,7 +140,9 @@ def test_a_checkpoint_of_other_roots_is_refused(tmp_path):
     run.save_checkpoint(tmp_path / "towers.ckpt")
     model = Towers()
     attach_uora(model.vision, UORAConfig(rank=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match=r"adapters at 'vision', 'text', the module at 'vision'"):
+    with pytest.raises(
+        ValueError, match=r"adapters at 'vision', 'text', but the module has them at 'vision'"
+    ):
         trainer(callback()).predict(model, data(), ckpt_path=tmp_path / "towers.ckpt", **TENSORS_ONLY)
 
 

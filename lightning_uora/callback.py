@@ -20,6 +20,7 @@ from lightning_uora.reports import Summary, summarize
 from lightning_uora.trainer import (
     Guard,
     Refreshing,
+    VectorRate,
     WaitingGradients,
     attach_in_time,
     attachments_of,
@@ -35,11 +36,13 @@ from lightning_uora.trainer import (
     log_progress,
     others_of_its_kind,
     print_table,
+    rate_before_logging,
     require_adapted,
     saved_groups,
     set_vector_rates,
     warn_at_the_end,
     warn_at_the_start,
+    warn_of_another_rate,
 )
 
 __all__ = ["UORACallback"]
@@ -155,6 +158,8 @@ class UORACallback(Callback):
         self._saved_groups: list[list[int]] | None = None
         self._optimizers_before: list[Optimizer] = []
         self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._resumed_rate: VectorRate = vector_lr
+        self._rate_used: float | None = None
 
     @property
     @override
@@ -219,6 +224,8 @@ class UORACallback(Callback):
         last, saved = self._speaks(trainer), self._saved_groups
         groups = set_vector_rates(trainer, pl_module, mine, self.vector_lr, saved, last)
         self._rates = [(group, group["lr"]) for group in groups]
+        if trainer.ckpt_path:
+            warn_of_another_rate(self.vector_lr, self._resumed_rate)
         if last:
             log_counts(trainer, self.summary)
             if not trainer.ckpt_path:
@@ -245,6 +252,7 @@ class UORACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._guard.hold(trainer)
+        self._rate_used = rate_before_logging(trainer, pl_module)
         if self._refreshing is not None:
             self._refreshing.before_batch(trainer, pl_module, batch, batch_idx)
 
@@ -257,7 +265,7 @@ class UORACallback(Callback):
         self._gradients.after_batch()
         self._guard.after_batch(trainer)
         if self._speaks(trainer):
-            log_progress(trainer, pl_module)
+            log_progress(trainer, pl_module, self._rate_used)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -295,10 +303,12 @@ class UORACallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._refreshing is None else {"refresher": self._refreshing.state()}
+        refresher = {} if self._refreshing is None else {"refresher": self._refreshing.state()}
+        return {"vector_lr": self.vector_lr, **refresher}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed_rate = state_dict.get("vector_lr", self.vector_lr)
         if self._refreshing is not None and "refresher" in state_dict:
             self._refreshing.load_state(state_dict["refresher"])
 

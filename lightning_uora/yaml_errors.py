@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -59,7 +59,8 @@ def one_line_errors() -> Iterator[None]:
     def error(parser: Any, message: str, ex: Exception | None = None) -> NoReturn:
         raise _RefusedError(message) from ex
 
-    usual, ArgumentParser.error = ArgumentParser.error, error
+    usual, kind = ArgumentParser.error, cast(Any, ArgumentParser)
+    kind.error = error
     try:
         yield
     except _RefusedError as refused:
@@ -72,7 +73,7 @@ def one_line_errors() -> Iterator[None]:
             raise
         _leave(" ".join(message.split()))
     finally:
-        ArgumentParser.error = usual
+        kind.error = usual
 
 
 class _RefusedError(Exception):

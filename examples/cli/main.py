@@ -6,7 +6,7 @@
     python examples/cli/main.py fit --trainer.callbacks.help=lightning_uora.UORACallback
     python examples/cli/main.py fit --config examples/cli/vision.yaml --print_config
 
-The bundled data of the examples, on two CPU cores: vision a minute, text two and a half. A ``test`` of the checkpoint:
+The bundled data of the examples, on two CPU cores: vision a minute, text two and a half. A checkpoint's test:
 ``python examples/cli/main.py test --config ... --ckpt_path ...``; expected ``score`` as in the examples.
 """
 

@@ -37,7 +37,7 @@ from lightning_uora.adapters.names import (
 )
 from lightning_uora.adapters.norm_statistics import hold_statistics, moving_norms, never_moved
 from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
-from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_
+from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_, sizes
 from lightning_uora.adapters.own_rows import packed, unpacked
 from lightning_uora.adapters.projections import (
     OWNER,
@@ -128,6 +128,7 @@ __all__ = [
     "settle_",
     "settle_beside",
     "shelf_of",
+    "sizes",
     "the_only",
     "trained_as_they_are",
     "trained_names",

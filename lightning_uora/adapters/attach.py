@@ -26,7 +26,7 @@ from lightning_uora.adapters.kinds import Part, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
 from lightning_uora.adapters.merged import exchange, merged, updates_of, updates_on, whose_heads_stay
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters, unwrapped
-from lightning_uora.adapters.norm_statistics import hold_statistics, never_moved, release_statistics
+from lightning_uora.adapters.norm_statistics import hold_statistics, release_statistics
 from lightning_uora.adapters.offloaded import runs_on
 from lightning_uora.adapters.opaque import dtype_of, is_opaque, require_linear, tensors_of, working_dtype
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
@@ -92,10 +92,7 @@ def attach_uora(model: nn.Module, config: UORAConfig) -> list[str]:
         raise ValueError(
             "model is already adapted; call detach_uora(model) first, or keep the adapters it has."
         )
-    adapted = attach_beside(model, config)
-    if said := never_moved(unwrapped(model)):
-        warnings.warn(said, stacklevel=2)
-    return adapted
+    return attach_beside(model, config)
 
 
 def attach_beside(model: nn.Module, config: UORAConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,8 +17,10 @@ from lightning_uora.adapters import (
     activated,
     adapter_names,
     attachments,
+    is_opaque,
     named_adapters,
     named_modules,
+    sizes,
     trained_names,
     trained_parameters,
 )
@@ -158,13 +161,23 @@ def _summary(model: nn.Module) -> Summary:
     return Summary(
         adapter_params=sum(layer.adapter_params for layer in layers),
         trainable_params=sum(p.numel() for p in trained_parameters(model).values()),
-        total_params=sum(p.numel() for p in parameters),
+        total_params=sum(p.numel() for p in parameters) + _packed_away(model),
         layers=tuple(layers),
         trained=tuple((name, sum(p.numel() for p in found)) for name, found in trained_parts(model).items()),
         left=tuple(name for one in found for name in _still_left(model, one)),
         kept=tuple(f"{one.prefix}{name}" for one in found for name in one.owner.kept),
         waiting=tuple(n for n in _names(model, found) if n != found[0].owner.name),
     )
+
+
+def _packed_away(model: nn.Module) -> int:
+    """How many numbers quantised weights stand for beyond those that they are packed into."""
+    weights = {
+        id(w): (m, w)
+        for m in model.modules()
+        if is_opaque(m) and (w := m._parameters.get("weight")) is not None
+    }
+    return sum(math.prod(sizes(module)) - weight.numel() for module, weight in weights.values())
 
 
 def _names(model: nn.Module, found: list[Attachment]) -> list[str]:

@@ -130,11 +130,7 @@ def _part(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[nn.Module, str
                 )
             without, root = f"{prefix}." if prefix else "", modules[places[0]]
             if not places[0]:
-                return (
-                    root,
-                    without,
-                    f"The adapter was saved from a model that holds this one as {prefix!r}.",
-                )
+                return root, without, ""
             if not prefix:
                 said = f"The adapter was saved from a part of this model; it was loaded into {places[0]!r}."
                 return root, without, said

@@ -272,7 +272,7 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         if value.shape != state[name].shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} in the adapter and {tuple(state[name].shape)} in "
-                "the model."
+                "the model; build the model with as many classes or tokens, or load without that head."
             )
 
 
@@ -285,7 +285,10 @@ def check_base(one: Attachment, expected: dict[str, list[Any]], mismatch: Mismat
     if wrong:
         message = f"the adapter was trained on another base (different: {few(wrong)})."
         if mismatch == "error":
-            raise ValueError(f"{message} Load that base, or pass base_mismatch='warn'.")
+            raise ValueError(
+                f"{message} Load that base, or pass base_mismatch='warn' to load_adapter or "
+                "load_from_checkpoint."
+            )
         if first_rank():
             warnings.warn(message, stacklevel=4)
 

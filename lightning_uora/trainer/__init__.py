@@ -14,8 +14,20 @@ from lightning_uora.trainer.companions import (
     others_of_its_kind,
 )
 from lightning_uora.trainer.guarding import Guard
-from lightning_uora.trainer.loggers import log_counts, log_figures, log_progress, print_table
-from lightning_uora.trainer.rates import keep_rates, saved_groups, set_vector_rates
+from lightning_uora.trainer.loggers import (
+    log_counts,
+    log_figures,
+    log_progress,
+    print_table,
+    rate_before_logging,
+)
+from lightning_uora.trainer.rates import (
+    VectorRate,
+    keep_rates,
+    saved_groups,
+    set_vector_rates,
+    warn_of_another_rate,
+)
 from lightning_uora.trainer.refreshing import Refreshing
 from lightning_uora.trainer.resuming import WaitingGradients
 from lightning_uora.trainer.steps import callbacks_of
@@ -24,6 +36,7 @@ from lightning_uora.trainer.warnings import warn_at_the_end, warn_at_the_start
 __all__ = [
     "Guard",
     "Refreshing",
+    "VectorRate",
     "WaitingGradients",
     "attach_in_time",
     "attachments_of",
@@ -39,9 +52,11 @@ __all__ = [
     "log_progress",
     "others_of_its_kind",
     "print_table",
+    "rate_before_logging",
     "require_adapted",
     "saved_groups",
     "set_vector_rates",
     "warn_at_the_end",
     "warn_at_the_start",
+    "warn_of_another_rate",
 ]

@@ -15,7 +15,7 @@ from lightning_uora.reports import Summary, plot_refreshes, plot_vectors, progre
 from lightning_uora.trainer.rates import current_rate, rates_by_parameter
 from lightning_uora.trainer.steps import accumulating, callbacks_of
 
-__all__ = ["log_counts", "log_figures", "log_progress", "print_table"]
+__all__ = ["log_counts", "log_figures", "log_progress", "print_table", "rate_before_logging"]
 
 
 def log_counts(trainer: Trainer, summary: Summary) -> None:
@@ -41,7 +41,15 @@ def print_table(trainer: Trainer, pl_module: LightningModule, summary: Summary) 
     Console().print(summary.table(rates))
 
 
-def log_progress(trainer: Trainer, pl_module: LightningModule) -> None:
+def rate_before_logging(trainer: Trainer, pl_module: LightningModule) -> float | None:
+    """The vectors' rate in the step that comes, where that step will be logged: schedules move it after."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if not (trainer.loggers and every) or (trainer.global_step + 1) % every:
+        return None
+    return current_rate(trainer.optimizers, vectors_in(pl_module))
+
+
+def log_progress(trainer: Trainer, pl_module: LightningModule, rate: float | None) -> None:
     """How far the adapters have moved, and at which rate, at the loggers' own interval; nothing between."""
     step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
     if not trainer.loggers or not (step and every) or step % every or accumulating(trainer):
@@ -49,7 +57,7 @@ def log_progress(trainer: Trainer, pl_module: LightningModule) -> None:
     if is_sharded(pl_module) or not trainer.is_global_zero:
         return
     metrics = {f"uora/{name}": value for name, value in progress(pl_module).items()}
-    rate = current_rate(trainer.optimizers, vectors_in(pl_module))
+    rate = rate or current_rate(trainer.optimizers, vectors_in(pl_module))
     if rate is not None:
         metrics["uora/vector_lr"] = rate
     for logger in trainer.loggers:

@@ -28,13 +28,14 @@ __all__ = [
     "rates_by_parameter",
     "saved_groups",
     "set_vector_rates",
+    "warn_of_another_rate",
 ]
 
 VectorRate = float | Literal["auto"] | None
 
 AUTO_RATE, LONG_RUN, MOST, FEW_LAYERS, GENTLE = 1e-2, 1_000, 5.0, 12, 2.5
 """The vectors' rate under optimizers of Adam's kind, and what moves it, see Note [The automatic rate]."""
-SLOW = 1e-3
+SLOW = 2e-3
 """Below this rate an optimizer of Adam's kind hardly moves the vectors in a usual run."""
 WRITE = "param_groups(self, lr=..., vector_lr={rate:g})"
 
@@ -63,8 +64,8 @@ def auto_rate(steps: int | None, layers: int = FEW_LAYERS, gentle: bool = False)
 
 
 def _steps(trainer: Trainer) -> int | None:
-    # As trainer.estimated_stepping_batches does. Never on a resume, where rates are the checkpoint's: Lightning
-    # gives a DataLoader its saved state when it sets it up, and this would be before the state is read.
+    # As trainer.estimated_stepping_batches does. Never on a resume, where rates are the checkpoint's: there
+    # Lightning gives a DataLoader its saved state as it sets it up, and would not have read it yet.
     trainer.fit_loop.setup_data()
     return total_steps(trainer)
 
@@ -219,6 +220,16 @@ def _check_saved(
                 f"{len(optimizer.param_groups)}; was it saved with another vector_lr than {vector_lr!r}? "
                 "Then resume with that one."
             )
+
+
+def warn_of_another_rate(given: VectorRate, saved: VectorRate) -> None:
+    """A resumed run has the groups and schedules of its checkpoint, at their rates."""
+    if given != saved:
+        rank_zero_warn(
+            f"vector_lr={given!r} is not used: a resumed run keeps the rates of its checkpoint "
+            f"(vector_lr={saved!r}). To train at another rate, load its weights with load_from_checkpoint "
+            "and fit without ckpt_path."
+        )
 
 
 def keep_rates(trainer: Trainer, rates: Sequence[tuple[dict[str, Any], Any]]) -> None:

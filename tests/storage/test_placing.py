@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -90,14 +91,13 @@ def test_what_trained_inside_the_backbone_is_no_head(tmp_path):
     torch.testing.assert_close(features(other), features(model))
 
 
-def test_names_of_a_module_around_the_model_are_matched_and_that_is_said(tmp_path):
+def test_names_of_a_module_around_the_model_are_matched(tmp_path):
     model = trained(Lit())
     save_adapter(model, tmp_path)
     inner = vit(0)
     with pytest.raises(ValueError, match=r"'own.weight', 'own.bias', trained with the adapter.*head=False"):
         load_adapter(inner, tmp_path)
-    with pytest.warns(UserWarning, match="saved from a model that holds this one as 'model'"):
-        names = load_adapter(inner, tmp_path, head=False)
+    names = load_adapter(inner, tmp_path, head=False)
     assert names == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
     torch.testing.assert_close(features(inner), features(model.model))
 
@@ -215,7 +215,7 @@ def test_another_base_behind_another_prefix_is_refused(tmp_path):
 def test_what_trained_inside_the_prefix_comes_along(tmp_path):
     model = saved(at("model", P()), tmp_path, trainable_modules=["out"])
     other = at("backbone", P()).eval()
-    with pytest.warns(UserWarning, match=r"What was 'model'"):
+    with pytest.warns(UserWarning, match=r"What the adapter calls 'model'"):
         load_adapter(other, tmp_path)
     assert torch.equal(other["backbone"].out.weight, model["model"].out.weight)
     assert other["backbone"].out.weight.requires_grad
@@ -224,9 +224,9 @@ def test_what_trained_inside_the_prefix_comes_along(tmp_path):
 def test_what_trained_outside_of_the_prefix_is_refused_or_left_aside(tmp_path):
     saved(at("model", P(), out=nn.Linear(3, 2)), tmp_path, trainable_modules=["out"])
     other = at("backbone", P(), out=nn.Linear(3, 2)).eval()
-    with pytest.raises(ValueError, match=r"'out.weight', 'out.bias' trained with the adapter.*head=False"):
+    with pytest.raises(ValueError, match=r"'out.weight', 'out.bias', trained with the adapter.*head=False"):
         load_adapter(other, tmp_path)
-    with pytest.warns(UserWarning, match=r"What was 'model'"):
+    with pytest.warns(UserWarning, match=r"What the adapter calls 'model'"):
         assert load_adapter(other, tmp_path, head=False) == ["backbone.lin"]
 
 
@@ -246,7 +246,7 @@ def test_what_lay_frozen_beside_the_part_is_not_asked_for(tmp_path):
     model = saved(at("model", P(), teacher=nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))), tmp_path)
     x = torch.randn(4, 7)
     for other, path in ((P(), ""), (at("backbone", P()), "backbone")):
-        with pytest.warns(UserWarning, match="'model'"):
+        with pytest.warns(UserWarning, match="'model'") if path else nullcontext():
             load_adapter(other.eval(), tmp_path)
         assert torch.equal(other.get_submodule(path)(x), model["model"](x))
 
@@ -258,5 +258,5 @@ def test_the_adapter_of_a_bare_layer_loads_into_the_model_around_it(tmp_path):
     around[2].load_state_dict(layer.state_dict())
     attach_uora(layer, UORAConfig(rank=4, target_modules="re:", trainable_modules=()))
     save_adapter(layer, tmp_path)
-    with pytest.warns(UserWarning, match="is loaded into '2'"):
+    with pytest.warns(UserWarning, match="loaded into '2'"):
         assert load_adapter(around, tmp_path) == ["2"]

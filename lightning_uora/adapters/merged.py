@@ -122,15 +122,16 @@ def _tell_transformers(model: Any) -> None:
     config = model.config.quantization_config
     named = list(model.named_modules())
     if any(is_opaque(module) for _, module in named):
-        field = (
-            "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
-        )
-        setattr(config, field, [name for name, module in named if isinstance(module, nn.Linear)])
+        bitsandbytes = hasattr(config, "llm_int8_skip_modules")
+        field = "llm_int8_skip_modules" if bitsandbytes else "modules_to_not_convert"
+        setattr(config, field, [n for n, m in named if isinstance(m, nn.Linear) and not is_opaque(m)])
         return
-    model.hf_quantizer.remove_quantization_config(model)
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(model, flag):
-            setattr(model, flag, False)
+    model.__dict__.pop("hf_quantizer")
+    model.__dict__.pop("quantization_method", None)
+    model.__dict__ |= dict.fromkeys(("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"), False)
+    for _, module in named:
+        getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
+    model.config.__dict__.pop("quantization_config", None)
 
 
 def updates_on(found: list[Attachment]) -> Updates:

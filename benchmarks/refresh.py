@@ -2,6 +2,7 @@
 
     python benchmarks/refresh.py            # about three minutes
     python benchmarks/refresh.py --quick
+    python benchmarks/refresh.py --policies # what each schedule of quality.py turns, and what it costs
 
 What they do to the scores is in the table of ``benchmarks/quality.py``.
 """
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import timm
 import torch
+from quality_methods import POLICIES, Method, build
+from quality_tasks import Digits
 from torch import Tensor, nn
 from training import fit, now
 
@@ -109,12 +112,58 @@ def _cost(model: nn.Module, rounds: int) -> str:
     )
 
 
+SHOWN = ("threshold-0.05", "threshold-0.1", "threshold-0.2", "lambda-0.2", "uncapped", "replaced")
+"""Of the schedules in ``quality_methods.py``; ``lambda-0.2`` has threshold 0.5."""
+
+
+def policies(quick: bool) -> None:
+    """One run of each schedule on the digits, rank 64: rows turned, bytes of own rows, jump of the loss."""
+    torch.set_num_threads(1)
+    task = Digits(0, quick)
+    held = task.rows["val"]
+    for name in SHOWN:
+        torch.manual_seed(0)
+        model, trained, head = build(Method("uora", 64, name), task, 0)
+        groups = [{"params": trained, "lr": 0.1}, {"params": head, "lr": task.head_lr}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
+        schedule, one = POLICIES[name], attachment_of(model, "a benchmark")
+        watch = Refresher(schedule, schedule.due_steps(task.steps))
+        shared, jumps, turned = sum(b.nbytes for b in one.owner.buffers()), [], []
+        model.train()
+        for step, index in enumerate(task.order, 1):
+            watch.before_step(one, step)
+            optimizer.zero_grad()
+            task.loss(model, index).backward()
+            optimizer.step()
+            decay.step()
+            before = task.loss(model, held).item() if watch.is_due(step) else 0.0
+            rows = watch.after_step(one, [optimizer], step)
+            if rows:
+                jumps.append(task.loss(model, held).item() / before - 1)
+                turned.append(sum(len(chosen) for key, chosen in rows.items() if key[0] == "A"))
+        ever = {
+            (key, row) for entry in one.owner.record for key, rows in entry["rows"].items() for row in rows
+        }
+        share = sum(key[0] == "A" for key, _ in ever) / (64 * len(one.layers))
+        own = sum(b.nbytes for b in one.owner.buffers()) - shared
+        print(
+            f"digits, rank 64, {name}: {len(turned)} refreshes, {sum(turned):,} rows of A turned, {share:.1%} "
+            f"of all ever; own rows {own / 1000:,.0f} kB beside {shared / 1000:,.0f} kB shared; loss at a refresh "
+            f"{statistics.mean(jumps or [0.0]):+.2%} in the mean, {max(jumps or [0.0]):+.2%} at most; "
+            f"score {task.score(model, 'test'):.1f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    cost(parser.parse_args().quick)
-    default(parser.parse_args().quick)
+    parser.add_argument("--policies", action="store_true")
+    given = parser.parse_args()
+    for part in (policies,) if given.policies else (cost, default):
+        part(given.quick)
 
 
 if __name__ == "__main__":

@@ -303,12 +303,10 @@ class UORACallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        refresher = {} if self._refreshing is None else {"refresher": self._refreshing.state()}
-        return {"vector_lr": self.vector_lr, **refresher}
+        return {} if self._refreshing is None else {"refresher": self._refreshing.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed_rate = state_dict.get("vector_lr", self.vector_lr)
         if self._refreshing is not None and "refresher" in state_dict:
             self._refreshing.load_state(state_dict["refresher"])
 
@@ -316,6 +314,7 @@ class UORACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        checkpoint.setdefault("uora_vector_lr", {})[self.state_key] = self.vector_lr
         if gradients := self._gradients.saved(trainer, pl_module):
             checkpoint["uora_gradients"] = gradients
 
@@ -324,5 +323,6 @@ class UORACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._gradients.load(checkpoint.get("uora_gradients", {}))
+        self._resumed_rate = checkpoint.get("uora_vector_lr", {}).get(self.state_key, self.vector_lr)
         if trainer.strategy.optimizers == self._optimizers_before:  # else a finder puts back what it saved
             self._saved_groups = saved_groups(checkpoint)

@@ -155,7 +155,7 @@ def test_a_quantised_base_becomes_plain_with_the_sum():
     parts = [
         layer.delta_weight() for name in ("default", "second") for _, layer in named_adapters(model, name)
     ]
-    with pytest.raises(ValueError, match=r"dequantize=True\) leaves plain Linear"):
+    with pytest.raises(ValueError, match=r"dequantize=True\), which leaves plain Linear"):
         detach_uora(model, merge=True, name={"default": 0.5, "second": 2.0})
     detach_uora(model, merge=True, dequantize=True, name={"default": 0.5, "second": 2.0})
     assert type(model[0]) is nn.Linear

@@ -309,7 +309,7 @@ def normed() -> nn.Module:
 
 def test_running_statistics_that_moved_are_told_and_a_file_does_not_move_them(tmp_path):
     model, x = normed(), X.float()
-    attach_uora(model, config("0"))
+    attach_uora(model, config("0", batch_norm="moving"))
     save_adapter(model, tmp_path)
     add_adapter(model, "second")
     with torch.no_grad():

@@ -401,7 +401,7 @@ def test_trainable_modules_by_pattern_or_none(vit: nn.Module):
         ({"exclude_modules": ["fc9"]}, r"exclude_modules='fc9' matches no module. Near misses: 'fc"),
         (
             {"trainable_modules": ["haed"]},
-            r"'haed' matches no module or parameter. Near misses: 'head'",
+            r"'haed' matches no module or parameter. The head here is 'head'. Near misses: 'head'",
         ),
         ({"target_modules": "all", "dropout": 0.1}, r"dropout=0.1 needs .* 'patch_embed.proj' is a Conv2d"),
     ],

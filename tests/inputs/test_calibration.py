@@ -309,6 +309,7 @@ def test_bad_input_is_a_clear_error_and_the_model_stays_as_it_was(kind: str):
     if spoil is not None:
         spoil(model)
     state, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     random_state = torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
         calibrate(model, batches)
@@ -316,7 +317,7 @@ def test_bad_input_is_a_clear_error_and_the_model_stays_as_it_was(kind: str):
     assert list(after) == list(state)
     assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in after.items())
     assert [m.training for m in model.modules()] == flags
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert (model.calls, projections_of(model).disabled, projections_of(model).on_read) == ([], 0, None)
     assert projections_of(model).uncalibrated
     assert torch.equal(random_state, torch.get_rng_state())

@@ -102,8 +102,8 @@ class ReinitSchedule:
     Args:
         every_n_steps: Steps between refreshes: at ``start``, ``start + n``, ..., but never at step 0, before
             anything has trained. None: four refreshes, spread evenly over the window.
-        threshold: An entry is weak if its score is below this. The default takes about 6 % of half-normal
-            entries, so that four refreshes turn less than a quarter of a layer's rows; 0.5 would take the
+        threshold: An entry is weak if its score is below this. The default takes about 3 % of half-normal
+            entries, so that four refreshes turn less than an eighth of a layer's rows; 0.5 would take the
             lower third.
         threshold_mode: ``"relative"`` to the layer's mean score, ``"absolute"``, or ``"fraction"``: the share
             of entries with the lowest scores.
@@ -132,7 +132,7 @@ class ReinitSchedule:
     """
 
     every_n_steps: int | None = None
-    threshold: float = 0.1
+    threshold: float = 0.05
     threshold_mode: str = "relative"
     max_fraction: float = 0.25
     interpolation: float = 0.2

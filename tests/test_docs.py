@@ -112,12 +112,13 @@ WARN = ("warnings.warn", "rank_zero_warn")
 MAKERS = {
     "__str__", "_not_from_record", "_nothing_found", "_part", "_quantised", "_refusal", "_tied", "_unknown",
     "_unsupported_weight", "check_base", "invalid",
-    "nothing_found", "nothing_inside", "passed_by", "place_of", "tied_beyond", "unreachable", "unreadable",
+    "never_moved", "nothing_found",
+    "nothing_inside", "passed_by", "place_of", "tied_beyond", "unreachable", "unreadable",
     "unsupported", "what_folder",
 }  # fmt: skip
 """Functions whose strings are messages that others raise or warn of."""
 PASSED_ON = {
-    "AssertionError", "error", "message", "name", "one", "place.said", "str(loss)",
+    "AssertionError", "error", "message", "name", "one", "place.said", "said", "str(loss)",
 }  # fmt: skip
 """What is raised or warned of without a text of its own: Python's protocol, or a text made elsewhere."""
 

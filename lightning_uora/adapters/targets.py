@@ -144,9 +144,8 @@ def _matches(
         found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     if not found:
         what = "module or parameter" if parameters else "module"
-        raise ValueError(
-            f"{field}={pattern!r} matches no {what}.{near_misses(modules, names, pattern, field)}"
-        )
+        near = near_misses(modules, names, pattern, find_heads(modules[""]) if parameters else ())
+        raise ValueError(f"{field}={pattern!r} matches no {what}.{near}")
     return found
 
 

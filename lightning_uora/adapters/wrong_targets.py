@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_uora.adapters.kinds import CONVOLUTIONS, SUPPORTED, is_supported
-from lightning_uora.adapters.roles import find_heads
 from lightning_uora.config import PRESETS
 
 __all__ = ["near_misses", "nothing_found", "nothing_inside"]
@@ -19,14 +18,15 @@ SHOWN = 3
 """Names that a message spells out."""
 
 
-def near_misses(modules: dict[str, nn.Module], names: Sequence[str], pattern: str, field: str) -> str:
+def near_misses(
+    modules: dict[str, nn.Module], names: Sequence[str], pattern: str, heads: Sequence[str] = ()
+) -> str:
     """What ``pattern``, which matches nothing, may have meant, as a sentence with a space before it."""
     if pattern.startswith("re:"):
         return _near_misses_in_full(names, pattern[3:])
     bare = [name for name, _ in modules[""].named_parameters() if f".{name}".endswith(f".{pattern}")]
     if bare:
         return f" It is a parameter, {bare[0]!r}, but UORA adapts whole layers: {SUPPORTED}."
-    heads = find_heads(modules[""]) if field == "trainable_modules" else ()
     head = f" The head here is {_quoted(heads)}." if heads else ""
     depth = pattern.count(".") + 1
     endings = {".".join(name.split(".")[-depth:]): name for name in modules if name}

@@ -206,6 +206,8 @@ class CheckpointHooks:
             return
         check_checkpoint(checkpoint, "the checkpoint")
         pairs = _paired(found, manifests_of(checkpoint["uora"]))
+        if getattr(self.module, "_trainer", None) is not None:
+            _tell_of_norms(pairs)
         for one, manifest in pairs:
             put_waiting(one, manifest)
         if any(manifest["kind"] == "adapter" for _, manifest in pairs):
@@ -327,13 +329,13 @@ def _paired(
         )
     for place, one in here.items():
         _check_same_config(one.owner.config, config_of(saved[place], one.owner.config))
-        _tell_of_norms(one, saved[place])
     return [(one, saved[place]) for place, one in here.items()]
 
 
-def _tell_of_norms(one: Attachment, manifest: dict[str, Any]) -> None:
-    """Runs of before ``batch_norm`` moved the statistics that are held now."""
-    held = hold_statistics(one) if "batch_norm" not in manifest["config"] else []
+def _tell_of_norms(pairs: list[tuple[Attachment, dict[str, Any]]]) -> None:
+    """Runs from before ``batch_norm`` moved the statistics that are held now."""
+    before = [one for one, manifest in pairs if "batch_norm" not in manifest["config"]]
+    held = [f"{one.prefix}{name}" for one in before for name in hold_statistics(one)]
     if held and first_rank():
         warnings.warn(
             f"the checkpoint was made before batch_norm, when BatchNorm ({few(held)}) moved in training; it "

@@ -224,7 +224,7 @@ def _check_saved(
 
 def warn_of_another_rate(given: VectorRate, saved: VectorRate) -> None:
     """A resumed run has the groups and schedules of its checkpoint, at their rates."""
-    if given != saved:
+    if saved is not None and given != saved:  # else it is said that the run has no group
         rank_zero_warn(
             f"vector_lr={given!r} is not used: a resumed run keeps the rates of its checkpoint "
             f"(vector_lr={saved!r}). To train at another rate, load its weights with load_from_checkpoint "

@@ -163,7 +163,7 @@ DAMAGES = {
     "another rank": (
         edit(lambda m: m["config"].update(rank=3)),
         ValueError,
-        "the rows of 'A_5_0' cannot be right",
+        "the rows of 'A_\\d_\\d' cannot be right",
     ),
     "another seed": (edit(lambda m: m["config"].update(seed=9)), ValueError, "are not those of the run"),
     "another record": (edit(lambda m: m.update(record=[])), ValueError, "are not those of the run"),

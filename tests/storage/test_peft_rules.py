@@ -114,7 +114,7 @@ def test_what_peft_will_not_convert_and_what_it_scales_otherwise_is_refused(monk
     rules, model = Rules(), nn.ModuleDict(TWO)
     model.config = Config()
     monkeypatch.setattr(peft_rules, "_conversion", lambda: rules)
-    with pytest.raises(ValueError, match=r"^PEFT would not load this export: cannot convert; detach"):
+    with pytest.raises(ValueError, match=r"^PEFT would not load this export: cannot convert; use detach"):
         require_placed(model, ["read"], {}, lora())
     rules.error = None
     with pytest.raises(ValueError, match=r"^PEFT would give module 'read' another rank or scale"):

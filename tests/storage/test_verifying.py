@@ -59,7 +59,7 @@ def test_a_merged_checkpoint_that_reads_back_otherwise_leaves_the_old_file(tmp_p
         write({**content, "state_dict": other}, file)
 
     monkeypatch.setattr(torch, "save", spoil)
-    with pytest.raises(OSError, match=r"reads back otherwise \(state_dict.weight\)"):
+    with pytest.raises(OSError, match=r"does not read back the same \(state_dict.weight\)"):
         save_checkpoint({"state_dict": state}, path)
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["plain.ckpt"]

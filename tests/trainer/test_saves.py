@@ -209,6 +209,6 @@ def test_a_file_that_reads_back_otherwise_leaves_the_old_one(tmp_path, monkeypat
         return tensors
 
     monkeypatch.setattr(adapter_files, "load_file", bad)
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="does not read back the same"):
         save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

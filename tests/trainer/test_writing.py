@@ -88,7 +88,7 @@ def test_a_file_that_is_cut_off_is_not_put_in_place(fitted, tmp_path, monkeypatc
         Path(path).write_bytes(Path(path).read_bytes()[:-200])
 
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", cut)
-    with pytest.raises(OSError, match=r"reads back otherwise \(it cannot be read"):
+    with pytest.raises(OSError, match=r"does not read back the same \(it cannot be read"):
         fitted.save_checkpoint(tmp_path / "last.ckpt")
     assert not list(tmp_path.iterdir())
 
@@ -103,7 +103,7 @@ def test_the_frozen_base_is_not_read_back(fitted, tmp_path, monkeypatch):
 def test_what_model_checkpoint_writes_during_a_fit_is_verified(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", spoiled(change_value("uora_b")))
     run = trainer(callback(checkpoint=kind), ModelCheckpoint(tmp_path), enable_checkpointing=True)
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="does not read back the same"):
         run.fit(Toy(), data())
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +155,7 @@ def test_asynchronous_writes_are_verified_in_their_thread(tmp_path, monkeypatch)
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", spoiled(change_value("uora_b")))
     run.strategy.checkpoint_io = plugin = AsyncCheckpointIO(TorchCheckpointIO())
     run.save_checkpoint(tmp_path / "1.ckpt")
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="does not read back the same"):
         plugin.teardown()
     load_from_checkpoint(Toy, tmp_path / "1.ckpt")
 

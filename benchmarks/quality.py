@@ -37,12 +37,12 @@ def methods(refreshes: tuple[str, ...], ranks: tuple[int, ...] = RANKS) -> list[
     return list(dict.fromkeys([*rows, ("lora", 4, "off"), ("lora", 1, "off")]))
 
 
-def convolutional(refreshes: tuple[str, ...], pointwise: bool) -> list[Row]:
+def convolutional(refreshes: tuple[str, ...], ranks: tuple[int, ...], pointwise: bool) -> list[Row]:
     """(method, rank, refresh) of every row of a task of convolutions, where PEFT has no VeRA."""
     if pointwise:
         return [("lora", 8, "off"), *((d, 64, "off") for d in DRAWS), ("lora", 1, "off"), ("lora", 4, "off")]
-    rows = [("uora+inputs", 64, "off"), ("full", 0, "off"), ("head", 0, "off"), ("uora", 64, "off")]
-    rows += [(draw, rank, "off") for rank in (256, 16) for draw in DRAWS] + [("lora", 8, "off")]
+    rows: list[Row] = [("uora+inputs", 64, "off"), ("lora", 8, "off"), ("head", 0, "off"), ("full", 0, "off")]
+    rows += [("uora", 64, "off"), *((draw, rank, "off") for rank in ranks for draw in DRAWS)]
     return rows + [(draw, 64, refresh) for draw in DRAWS for refresh in refreshes]
 
 
@@ -51,7 +51,8 @@ def rows_of(task: str, refreshes: tuple[str, ...], ranks: tuple[int, ...]) -> li
     if task in SAME_RATE:
         return [("uora+inputs", 64, "off")]
     if task.startswith("fashion"):
-        return convolutional(refreshes, task.endswith("pointwise"))
+        fewer = tuple(rank for rank in ranks if rank in (16, 256))
+        return convolutional(refreshes, fewer, task.endswith("pointwise"))
     return methods(refreshes, ranks)
 
 

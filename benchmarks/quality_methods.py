@@ -63,7 +63,13 @@ def build(method: Method, task: Task, seed: int) -> tuple[nn.Module, list[nn.Par
         model = peft.get_peft_model(model, _peft_config(method, names, seed))
     elif method.name.startswith("uora"):
         init = "inputs" if method.name.endswith("+inputs") else "orthogonal"
-        attach_uora(model, UORAConfig(method.rank, task.names, trainable_modules=(), init=init, seed=seed))
+        chosen = {
+            "trainable_modules": (),
+            "init": init,
+            "seed": seed,
+            "batch_norm": "moving",
+        }  # tasks freeze it
+        attach_uora(model, UORAConfig(method.rank, task.names, **chosen))
     else:
         model.requires_grad_(method.name == "full")
         if method.name == "head" and not task.head:

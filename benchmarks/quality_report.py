@@ -8,6 +8,7 @@ described in ``quality_methods.py``; which one is the default was chosen by the 
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -83,9 +84,10 @@ def scores(table: Table, task: str) -> Iterator[str]:
         method, rank, refresh = row
         mean, error = statistics.mean(values.values()), standard_error(values.values())
         against = table.difference(task, row, ("lora", 8, "off")) if row != ("lora", 8, "off") else None
+        score = f"{mean:.1f} ± {error:.1f}" if len(values) > 1 else f"{mean:.1f}"
         yield (
             f"| {NAMES[method]} | {rank or ''} | {refresh} | {table.rates[task, row]:g} | "
-            f"{table.parameters[task, row]:,} | {mean:.1f} ± {error:.1f} | {against or ''} | "
+            f"{table.parameters[task, row]:,} | {score} | {against or ''} | "
             f"{table.seconds[task, row]:.0f} | {len(values)} |"
         )
 
@@ -190,12 +192,17 @@ def _differences(
 
 
 def draw(table: Table) -> Figure:
-    """Score against trainable adapter parameters, a panel for each task; bars are standard errors."""
-    figure = Figure(figsize=(4.2 * len(table.scores), 4), layout="constrained")
-    for place, (task, methods) in zip(
-        figure.subplots(1, len(table.scores), squeeze=False)[0], table.scores.items(), strict=True
-    ):
-        for method, mark in MARKS.items():
+    """Score against trainable adapter parameters; bars are standard errors.
+
+    A panel for each task, three in a row, but for tasks that ask about one method alone.
+    """
+    shown = {task: methods for task, methods in table.scores.items() if len({row[0] for row in methods}) > 2}
+    figure = Figure(figsize=(12.6, 4 * math.ceil(len(shown) / 3)), layout="constrained")
+    places = figure.subplots(math.ceil(len(shown) / 3), 3, squeeze=False).flatten()
+    for place in places[len(shown) :]:
+        place.axis("off")
+    for place, (task, methods) in zip(places, shown.items(), strict=False):
+        for number, (method, mark) in enumerate(MARKS.items()):
             rows = [row for row in sorted(methods, key=_place) if row[0] == method and row[2] == "off"]
             if not rows:
                 continue
@@ -207,13 +214,15 @@ def draw(table: Table) -> Figure:
                 place.axhline(y[0], color=colour, linestyle="--", linewidth=1, label=label)
             else:
                 x = [table.parameters[task, row] for row in rows]
-                place.errorbar(x, y, error, marker=mark, capsize=2, linewidth=1, label=label)
+                place.errorbar(
+                    x, y, error, color=f"C{number}", marker=mark, capsize=2, linewidth=1, label=label
+                )
         place.set(xscale="log", xlabel="adapter parameters", title=task)
         place.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         place.xaxis.set_major_formatter(EngFormatter(sep=""))
         place.xaxis.set_minor_formatter(NullFormatter())
         place.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("test score, points")
+        place.set_ylabel("test score, points")
     figure.axes[0].legend(fontsize=8)
     return figure
 

@@ -148,9 +148,10 @@ def policies(quick: bool) -> None:
         share = sum(key[0] == "A" for key, _ in ever) / (64 * len(one.layers))
         own = sum(b.nbytes for b in one.owner.buffers()) - shared
         print(
-            f"digits, rank 64, {name}: {len(turned)} refreshes, {sum(turned):,} rows of A turned, {share:.1%} "
-            f"of all ever; own rows {own / 1000:,.0f} kB beside {shared / 1000:,.0f} kB shared; loss at a refresh "
-            f"{statistics.mean(jumps or [0.0]):+.2%} in the mean, {max(jumps or [0.0]):+.2%} at most; "
+            f"digits, rank 64, {name}: {len(turned)} refreshes, {sum(turned):,} rows of A turned, "
+            f"{share:.1%} of all ever; own rows {own / 1000:,.0f} kB beside {shared / 1000:,.0f} kB shared; "
+            f"loss at a refresh {statistics.mean(jumps or [0.0]):+.2%} in the mean, "
+            f"{max(jumps or [0.0]):+.2%} at most; "
             f"score {task.score(model, 'test'):.1f}",
             flush=True,
         )

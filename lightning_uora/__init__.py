@@ -62,7 +62,7 @@ from lightning_uora.storage import AdapterBank, export_peft, load_adapter, load_
 if TYPE_CHECKING:
     from lightning_uora.callback import UORACallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterBank",

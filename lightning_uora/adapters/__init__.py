@@ -35,7 +35,7 @@ from lightning_uora.adapters.names import (
     plain,
     unwrapped,
 )
-from lightning_uora.adapters.norm_statistics import hold_statistics, moving_norms, never_moved
+from lightning_uora.adapters.norm_statistics import StaysFrozen, hold_statistics, moving_norms, never_moved
 from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_, sizes
 from lightning_uora.adapters.own_rows import packed, unpacked
@@ -77,6 +77,7 @@ __all__ = [
     "Part",
     "Projections",
     "Selection",
+    "StaysFrozen",
     "activated",
     "active_experts",
     "adapter_names",

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_uora.adapters.attachments import Attachment, attachments
 from lightning_uora.adapters.names import named_modules, named_parameters
 
-__all__ = ["hold_statistics", "moving_norms", "never_moved", "release_statistics"]
+__all__ = ["StaysFrozen", "hold_statistics", "moving_norms", "never_moved", "release_statistics"]
 
 # Note [Frozen statistics]
 # In train() a BatchNorm computes with each batch's own mean and variance and moves its running ones, frozen
@@ -39,7 +39,10 @@ def hold_statistics(one: Attachment) -> list[str]:
     Returns:
         Plain names, within the root, of the modules that keep theirs.
     """
-    if one.key is None or one.owner.config.batch_norm != "frozen":
+    if one.key is None:
+        return []
+    if one.owner.config.batch_norm != "frozen":
+        release_statistics(one)  # a loss from a checkpoint's hyperparameters may bring its hook along
         return []
     found = {name: m for name, m in named_modules(one.root).items() if _has_statistics(m)}
     trained = _trained(one) if found else set()

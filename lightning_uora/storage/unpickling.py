@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from lightning_uora.adapters import StaysFrozen
+
 __all__ = ["torch_modules_allowed", "unpickled"]
 
 # Note [Objects among hyperparameters]
@@ -93,9 +95,11 @@ def _named_in(file: str | Path | io.BytesIO) -> list[str]:
             file.seek(0)
 
 
-def _torch_module(name: str) -> type[nn.Module] | None:
-    """The ``nn.Module`` defined under ``torch.nn.modules`` that has this name."""
+def _torch_module(name: str) -> type[nn.Module] | type[StaysFrozen] | None:
+    """The ``nn.Module`` defined under ``torch.nn.modules`` that has this name; the hook of a held BatchNorm."""
     path, _, leaf = name.rpartition(".")
+    if (path, leaf) == (StaysFrozen.__module__, StaysFrozen.__name__):
+        return StaysFrozen
     if not path.startswith("torch.nn.modules."):
         return None
     found = getattr(sys.modules.get(path), leaf, None)

@@ -105,7 +105,7 @@ class UORACallback(Callback):
         self,
         rank: int = 256,
         target_modules: str | Sequence[str] = "attention",
-        exclude_modules: Sequence[str] = (),
+        exclude_modules: str | Sequence[str] = (),
         trainable_modules: str | Sequence[str] = "auto",
         init: Literal["orthogonal", "kaiming_uniform", "inputs"] = "orthogonal",
         calibration_batches: int = 8,
@@ -196,6 +196,7 @@ class UORACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_companions(trainer, pl_module, self, stage)
         self._saved_groups, self._optimizers_before = None, list(trainer.strategy.optimizers)
+        self._resumed_rate = self.vector_lr
         if stage == "fit" or not self._was_detached(pl_module):
             first = partial(convert_first, trainer.precision_plugin, own=self)
             attach_in_time(pl_module, self, others_of_its_kind(trainer, self), self._attached, first)
@@ -314,7 +315,7 @@ class UORACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint.setdefault("uora_vector_lr", {})[self.state_key] = self.vector_lr
+        checkpoint.setdefault("uora_vector_lr", {})[self.state_key] = self._resumed_rate
         if gradients := self._gradients.saved(trainer, pl_module):
             checkpoint["uora_gradients"] = gradients
 

@@ -60,7 +60,7 @@ class UORAConfig:
 
     rank: int = 256
     target_modules: str | Sequence[str] = "attention"
-    exclude_modules: Sequence[str] = ()
+    exclude_modules: str | Sequence[str] = ()
     trainable_modules: str | Sequence[str] = "auto"
     init: str = "orthogonal"
     calibration_batches: int = 8

@@ -30,7 +30,7 @@ def near_misses(
     head = f" The head here is {_quoted(heads)}." if heads else ""
     depth = pattern.count(".") + 1
     endings = {".".join(name.split(".")[-depth:]): name for name in modules if name}
-    near = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=SHOWN, cutoff=0.5)
+    near = difflib.get_close_matches(pattern, dict.fromkeys([*endings, *PRESETS]), n=SHOWN, cutoff=0.5)
     if near:
         return f"{head} Near misses: {_quoted(near)}."
     ends = sorted(

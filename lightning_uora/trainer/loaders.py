@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["twin"]
+__all__ = ["states_kept", "twin"]
+
+
+@contextmanager
+def states_kept(loaders: Iterable[Any]) -> Iterator[None]:
+    """Afterwards loaders that tell their place and are no ``DataLoader`` are where they were."""
+    both = ("state_dict", "load_state_dict")
+    own = [one for one in loaders if not isinstance(one, DataLoader) and all(hasattr(one, n) for n in both)]
+    places = [copy.deepcopy(one.state_dict()) for one in own]
+    try:
+        yield
+    finally:
+        for one, place in zip(own, places, strict=True):
+            one.load_state_dict(place)
 
 
 def twin(loader: Any) -> Any:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from rich.progress import Progress
 
 from lightning_uora.inputs import random_states_kept
-from lightning_uora.trainer.loaders import twin
+from lightning_uora.trainer.loaders import states_kept, twin
 
 __all__ = ["TrainingBatches"]
 
@@ -46,7 +46,7 @@ class TrainingBatches:
         assert loader is not None
         other = copy.copy(loader)
         other._iterator = None
-        with random_states_kept(self.module):
+        with random_states_kept(self.module), states_kept(loader.flattened):
             other.flattened = [twin(one) for one in loader.flattened]
             batches = [(batch, index) for batch, index, _ in itertools.islice(other, count)]
             other.reset()

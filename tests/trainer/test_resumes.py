@@ -59,11 +59,58 @@ def test_a_loader_that_tells_its_place_goes_on_there_under_the_automatic_rate(tm
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+class Goes:
+    """No ``DataLoader``: goes on where it is at every ``iter``."""
+
+    def __init__(self) -> None:
+        self.batches, self.place = list(data()), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.place < len(self.batches):
+            self.place += 1
+            yield self.batches[self.place - 1]
+        self.place = 0
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def test_a_calibration_leaves_such_a_loader_where_it_is():
+    seen = []
+
+    class Counts(Toy):
+        def on_train_batch_start(self, batch, batch_index):
+            seen.append(batch[0])
+
+    loader = Goes()
+    trainer(callback(init="inputs", calibration_batches=3), max_epochs=1).fit(Counts(), loader)
+    assert len(seen) == 4
+    assert all(torch.equal(x, batch[0]) for x, batch in zip(seen, loader.batches, strict=True))
+
+
 def test_another_vector_lr_on_a_resume_is_said_to_be_unused(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="it")
     trainer(callback(vector_lr=0.1), save, max_epochs=1, enable_checkpointing=True).fit(Toy(), data())
     with pytest.warns(UserWarning, match=r"vector_lr=0.5 is not used.*vector_lr=0.1"):
         trainer(callback(vector_lr=0.5)).fit(Toy(), data(), ckpt_path=tmp_path / "it.ckpt", **TENSORS_ONLY)
+
+
+def test_a_second_resume_still_knows_the_rate_of_the_first_run(tmp_path):
+    def run(rate, epochs, path=None, name="it"):
+        save = ModelCheckpoint(tmp_path, filename=name)
+        own = trainer(callback(vector_lr=rate), save, max_epochs=epochs, enable_checkpointing=True)
+        own.fit(Toy(), data(), ckpt_path=path, **(TENSORS_ONLY if path else {}))
+
+    run(0.1, 1)
+    run(0.5, 2, tmp_path / "it.ckpt", "second")
+    with pytest.warns(UserWarning, match=r"vector_lr=0.5 is not used.*vector_lr=0.1"):
+        run(0.5, 3, tmp_path / "second.ckpt", "third")
 
 
 def test_the_logged_rate_is_the_one_that_the_step_was_made_with(tmp_path):

@@ -17,7 +17,7 @@ __all__ = ["one_line_errors", "reason"]
 # exception of ours gets past that. What the deepest class in the list said is what the user wants to know.
 
 UNION, WITHIN, KEY = "Does not validate", "Problem with given class_path", "Parser key"
-ITS_OWN = (UNION, WITHIN, KEY, "Expected a", "Not a valid", "a class path", "a dict ")
+ITS_OWN = (UNION, WITHIN, KEY, "Cannot take a Union", "Expected a", "Not a valid", "a class path", "a dict ")
 """How the lines begin that jsonargparse writes about the types that a value might have had."""
 LONGEST = 400
 

@@ -44,10 +44,10 @@ REFUSED = [
 
 PARSED = [
     ({"rank": "sixteen"}, "rank: Expected a <class 'int'>. Got value: sixteen"),
-    ({"rnk": 4}, "Option 'rnk' is not accepted"),
-    ({"init": "input"}, "init: Expected a typing.Literal['orthogonal',"),
-    ({"vector_lr": "fast"}, "vector_lr: 'fast' is none of [<class 'float'>, typing.Literal['auto'],"),
-    ({"reinit": {"treshold": 0.1}}, "Option 'treshold' is not accepted"),
+    ({"rnk": 4}, ("Option 'rnk' is not accepted", "Validation failed: Key 'rnk' is not expected")),
+    ({"init": "input"}, ("init: Expected a typing.Literal['orthogonal',", "init: Cannot take a Union")),
+    ({"vector_lr": "fast"}, ("vector_lr: 'fast' is none of", "vector_lr: Does not validate")),
+    ({"reinit": {"treshold": 0.1}}, ("Option 'treshold' is not", "Validation failed: Key 'treshold' is not")),
     ({"reinit": {"threshold": "high"}}, "threshold: Expected a <class 'float'>. Got value: high"),
 ]
 OF_MODELS = [
@@ -62,7 +62,7 @@ def test_a_refused_value_is_one_line_and_exit_code_2(monkeypatch, tmp_path, caps
         run(monkeypatch, tmp_path, Module, **options)
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
-    assert line.startswith(f"error: {said}")
+    assert line.removeprefix("error: ").startswith(said)
 
 
 def test_what_goes_wrong_in_training_keeps_its_traceback(monkeypatch, tmp_path):

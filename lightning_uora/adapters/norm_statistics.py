@@ -27,6 +27,7 @@ class StaysFrozen:
         self.rested = rested  # was in eval() before
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """See Note [Frozen statistics]."""
         if module.training and not any(p.requires_grad for p in module.parameters(recurse=False)):
             module.training = False
 

@@ -96,7 +96,7 @@ def _named_in(file: str | Path | io.BytesIO) -> list[str]:
 
 
 def _torch_module(name: str) -> type[nn.Module] | type[StaysFrozen] | None:
-    """The ``nn.Module`` defined under ``torch.nn.modules`` that has this name; the hook of a held BatchNorm."""
+    """The ``nn.Module`` defined under ``torch.nn.modules`` that has this name, or a held BatchNorm's hook."""
     path, _, leaf = name.rpartition(".")
     if (path, leaf) == (StaysFrozen.__module__, StaysFrozen.__name__):
         return StaysFrozen

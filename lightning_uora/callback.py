@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_uora.adapters import Projections, hold_statistics, is_adapted, require_name
+from lightning_uora.adapters import Projections, is_adapted, require_name, settle_statistics
 from lightning_uora.config import ReinitSchedule, UORAConfig, invalid, require_choice, require_rate
 from lightning_uora.reinit import require_growth_possible
 from lightning_uora.reports import Summary, summarize
@@ -238,7 +238,7 @@ class UORACallback(Callback):
         keep_rates(trainer, self._rates)
         calibrate_if_needed(trainer, pl_module, mine, self.reinit)
         for one in mine:
-            hold_statistics(one)  # SyncBatchNorm has taken the place of what was held
+            settle_statistics(one.root)  # SyncBatchNorm has taken the place of what was held
         self._gradients.put(pl_module)
         if self._refreshing is not None:
             self._refreshing.start(trainer, mine)

@@ -142,7 +142,9 @@ def test_the_report_takes_test_scores_at_the_chosen_rate_and_students_interval(q
     assert f"r 4 | less PEFT VeRA | +0.00 ± 0.00 | {found} | 4 | no |" in text
     assert "r 4 | less UORA | +0.00 ± 0.00 | -1.75 ±" in text
     assert "| relative-0.5 | +1.00 ± 0.00 | +0.00 ± 0.00 | 4 | no |" in text
-    assert "At the defaults (lambda-0.2), 1 settings: +2.00 to +2.00, +2.00 in the mean;" in text
+    assert (
+        "At the defaults of version 0.1 (lambda-0.2), 1 settings: +2.00 to +2.00, +2.00 in the mean;" in text
+    )
     assert "above -0.3 are 1, with the whole interval 0; the interval lies on one side of zero in 0." in text
     assert "no more parameters" in text
     assert f"UORA, r 1 | 100 and 100 | +0.00 ± 0.00 | {found} | 4 | no |" in text  # r 4 has more

@@ -35,7 +35,7 @@ from lightning_uora.adapters.names import (
     plain,
     unwrapped,
 )
-from lightning_uora.adapters.norm_statistics import StaysFrozen, hold_statistics, moving_norms, never_moved
+from lightning_uora.adapters.norm_statistics import StaysFrozen, moving_norms, never_moved, settle_statistics
 from lightning_uora.adapters.offloaded import is_offloaded, kept_elsewhere
 from lightning_uora.adapters.opaque import is_opaque, is_quantised, packed_parts, settle_, sizes
 from lightning_uora.adapters.own_rows import packed, unpacked
@@ -95,7 +95,6 @@ __all__ = [
     "facts",
     "find_heads",
     "has_experts",
-    "hold_statistics",
     "is_adapted",
     "is_offloaded",
     "is_opaque",
@@ -128,6 +127,7 @@ __all__ = [
     "set_adapter",
     "settle_",
     "settle_beside",
+    "settle_statistics",
     "shelf_of",
     "sizes",
     "the_only",

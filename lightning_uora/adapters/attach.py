@@ -26,7 +26,7 @@ from lightning_uora.adapters.kinds import Part, named_parts
 from lightning_uora.adapters.layers import AdaptedModule, adapted_modules
 from lightning_uora.adapters.merged import exchange, merged, updates_of, updates_on, whose_heads_stay
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters, unwrapped
-from lightning_uora.adapters.norm_statistics import hold_statistics, release_statistics
+from lightning_uora.adapters.norm_statistics import settle_statistics
 from lightning_uora.adapters.offloaded import runs_on
 from lightning_uora.adapters.opaque import dtype_of, is_opaque, require_linear, tensors_of, working_dtype
 from lightning_uora.adapters.projections import OWNER, Projections, require_no_inference_mode
@@ -138,7 +138,7 @@ def attach_to(
         for index, module in enumerate(modules.values()):
             specialise(module, owner, index)
         _freeze(one, selection, config)
-        hold_statistics(one)
+        settle_statistics(root)
         watch_resizing(one)
     except BaseException:
         _detach(one)
@@ -236,8 +236,8 @@ def _detach(one: Attachment) -> None:
         unspecialise(adapted)
     if whole is not None and whole.key is not None and not whole.layers:  # of a part too, the owner goes
         forget_resizing(whole)
-        release_statistics(whole)
         del whole.root._modules[whole.key]
+        settle_statistics(whole.root)
         one, within = whole, ""
     parameters = named_parameters(one.root, every=True)
     for name, before in one.owner.requires_grad_before.items():

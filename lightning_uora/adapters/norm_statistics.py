@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_uora.adapters.attachments import Attachment, attachments
+from lightning_uora.adapters.attachments import attachments
 from lightning_uora.adapters.names import named_modules, named_parameters
+from lightning_uora.adapters.projections import Projections
 
-__all__ = ["StaysFrozen", "hold_statistics", "moving_norms", "never_moved", "release_statistics"]
+__all__ = ["StaysFrozen", "moving_norms", "never_moved", "settle_statistics"]
 
 # Note [Frozen statistics]
 # In train() a BatchNorm computes with each batch's own mean and variance and moves its running ones, frozen
 # or not: the base changes under the adapters. Held, it computes as in eval(), which on a pretrained ConvNet
-# was 4 points better (docs/vision.md). A hook turns ``training`` off at each forward, because Lightning,
+# was 6 points better (docs/measured.md). A hook turns ``training`` off at each forward, because Lightning,
 # users and calibrations call train() at any time; it lets go of what the user unfreezes by hand. What trains
 # itself (a head's BatchNorm, or one among trainable_modules) moves as usual.
 
@@ -32,39 +33,37 @@ class StaysFrozen:
             module.training = False
 
 
-def hold_statistics(one: Attachment) -> list[str]:
-    """Keep the running statistics of the base, where the configuration says so; see Note [Frozen statistics].
+def settle_statistics(root: nn.Module) -> list[str]:
+    """Hold the running statistics that the active adapters at ``root`` want held, and let go of all others.
 
-    Asked again it does nothing new: modules may have been exchanged (SyncBatchNorm).
+    Asked again it does nothing new; it has to be asked when adapters came, went or changed places, and when
+    modules were exchanged (SyncBatchNorm).
 
     Returns:
-        Plain names, within the root, of the modules that keep theirs.
+        Plain names, within the root, of the modules that keep theirs. See Note [Frozen statistics].
     """
-    if one.key is None:
-        return []
-    if one.owner.config.batch_norm != "frozen":
-        release_statistics(one)  # a loss from a checkpoint's hyperparameters may bring its hook along
-        return []
-    found = {name: m for name, m in named_modules(one.root).items() if _has_statistics(m)}
-    trained = _trained(one) if found else set()
-    held = {name: module for name, module in found.items() if not _trains(one, name, module, trained)}
-    for module in held.values():
-        if _hook_of(module) is None:
+    found = attachments(root)
+    owners = [one.owner for one in found if one.root is root and one.key is not None]
+    frozen = any(owner.config.batch_norm == "frozen" for owner in owners)
+    norms = {name: module for name, module in named_modules(root).items() if _has_statistics(module)}
+    trained = _trained(root, owners) if frozen and norms else set()
+    held = [name for name, m in norms.items() if frozen and not _trains(name, m, trained)]
+    for name, module in norms.items():
+        if name in held and _hook_of(module) is None:
             module.register_forward_pre_hook(StaysFrozen(not module.training))
-    return list(held)
+        elif name not in held:
+            _let_go(module, root.training)
+    for inner in {id(one.root): one.root for one in found if one.root is not root and one.key}.values():
+        settle_statistics(inner)
+    return held
 
 
-def release_statistics(one: Attachment) -> None:
-    """Undo :func:`hold_statistics`, unless another adapter at this root holds them."""
-    others = [other for other in attachments(one.root) if other.owner is not one.owner]
-    if any(other.key is not None and other.owner.config.batch_norm == "frozen" for other in others):
-        return
-    for module in one.root.modules():
-        key = _hook_of(module)
-        if key is not None:
-            hook: Any = module._forward_pre_hooks.pop(key)
-            if one.root.training and not hook.rested:
-                module.training = True
+def _let_go(module: nn.Module, training: bool) -> None:
+    key = _hook_of(module)
+    if key is not None:
+        hook: Any = module._forward_pre_hooks.pop(key)
+        if training and not hook.rested:
+            module.training = True
 
 
 def moving_norms(model: nn.Module) -> list[str]:
@@ -85,24 +84,25 @@ def never_moved(model: nn.Module) -> str:
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.running_mean is not None
+    """BatchNorm of torch and timm, InstanceNorm that keeps some, EvoNorm."""
+    return module._buffers.get("running_var") is not None
 
 
 def _as_made(module: nn.Module) -> bool:
-    mean, variance = module._buffers["running_mean"], module._buffers["running_var"]
-    if mean is None or variance is None or mean.is_meta:
+    mean, variance = module._buffers.get("running_mean"), module._buffers["running_var"]
+    if variance is None or variance.is_meta:
         return False
-    return bool((mean == 0).all()) and bool((variance == 1).all())
+    return (mean is None or bool((mean == 0).all())) and bool((variance == 1).all())
 
 
-def _trained(one: Attachment) -> set[str]:
+def _trained(root: nn.Module, owners: Sequence[Projections]) -> set[str]:
     """Every name of what trains besides the vectors."""
-    every = named_parameters(one.root, every=True)
-    ids = {id(every[name]) for name in one.owner.trained if name in every}
+    every = named_parameters(root, every=True)
+    ids = {id(every[name]) for owner in owners for name in owner.trained if name in every}
     return {name for name, p in every.items() if id(p) in ids}
 
 
-def _trains(one: Attachment, name: str, module: nn.Module, trained: set[str]) -> bool:
+def _trains(name: str, module: nn.Module, trained: set[str]) -> bool:
     """Whether it trains itself; of one without parameters, whether something beside it does."""
     own = next(module.parameters(recurse=False), None) is not None
     place = name if own else name.rpartition(".")[0]

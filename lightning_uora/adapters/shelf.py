@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_uora.adapters.attachments import Attachment, attachment_of, whole_of
 from lightning_uora.adapters.layers import AdaptedModule, Adapter, facts
 from lightning_uora.adapters.names import SHELF, named_modules, named_parameters
+from lightning_uora.adapters.norm_statistics import settle_statistics
 from lightning_uora.adapters.projections import Projections
 from lightning_uora.adapters.resizing import forget_resizing, watch_resizing
 from lightning_uora.adapters.specialise import specialise, unspecialise
@@ -278,6 +279,7 @@ def put_back(root: nn.Module, name: str) -> None:
             stacklevel=4,
         )
     watch_resizing(attachment_of(root, "set_adapter"))
+    settle_statistics(root)
 
 
 def _statistics(root: nn.Module) -> dict[str, float]:

@@ -19,11 +19,11 @@ from lightning_uora.adapters import (
     Selection,
     attach_to,
     attachments,
-    hold_statistics,
     is_adapted,
     named_buffers,
     named_parameters,
     plain,
+    settle_statistics,
     trained_parameters,
 )
 from lightning_uora.config import UORAConfig, differences
@@ -335,7 +335,7 @@ def _paired(
 def _tell_of_norms(pairs: list[tuple[Attachment, dict[str, Any]]]) -> None:
     """Runs from before ``batch_norm`` moved the statistics that are held now."""
     before = [one for one, manifest in pairs if "batch_norm" not in manifest["config"]]
-    held = [f"{one.prefix}{name}" for one in before for name in hold_statistics(one)]
+    held = [f"{one.prefix}{name}" for one in before for name in settle_statistics(one.root)]
     if held and first_rank():
         warnings.warn(
             f"the checkpoint was made before batch_norm, when BatchNorm ({few(held)}) moved in training; it "

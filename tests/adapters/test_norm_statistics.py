@@ -151,6 +151,30 @@ def test_what_has_never_seen_a_batch_is_said():
         trainer(callback).fit(Images(), data())
 
 
+def test_the_active_adapter_decides_and_detaching_one_of_two_frees_what_is_nobodys():
+    model = convnet()
+    attach_uora(model, CONFIG)
+    add_adapter(model, "second", UORAConfig(3, "all", trainable_modules="head", batch_norm="moving"))
+    assert len(moving_norms(model)) == 3
+    set_adapter(model, "default")
+    assert moving_norms(model) == ["head.1"]
+    set_adapter(model, "second")
+    assert len(moving_norms(model)) == 3
+    detach_uora(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_evolved_norms_are_held_like_any_other():
+    evo = pytest.importorskip("timm.layers").EvoNorm2dB0(5)
+    with torch.no_grad():
+        evo.running_var.fill_(2.0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 1), evo, nn.Conv2d(5, 3, 1))
+    attach_uora(model, UORAConfig(2, ["0", "2"], trainable_modules=()))
+    model.train()(x)
+    assert torch.equal(evo.running_var, torch.full((5,), 2.0))
+    assert moving_norms(model) == []
+
+
 def test_a_trainer_keeps_them_and_finds_what_was_exchanged_since():
     class Exchanged(Images):
         def on_fit_start(self):  # where strategies convert to SyncBatchNorm, after callbacks' setup

@@ -51,3 +51,13 @@ def test_checkpoints_resume_to_the_same_end(kind: str):
     assert SAVED_AT == 7
     with torch.no_grad():
         close(module.eval()(EXPECTED["x"]), EXPECTED[f"{kind}-end"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resume_says_that_batch_norm_moved_in_that_run():
+    callback = UORACallback(**SETTINGS, reinit=SCHEDULE)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"accelerator": "cpu", "enable_checkpointing": False}
+    run = Trainer(max_steps=STEPS, callbacks=[callback], **options)
+    with pytest.warns(UserWarning, match=r"before batch_norm.*'model.norm'.*batch_norm='moving'"):
+        run.fit(Module(), batches(), ckpt_path=FOLDER / "full.ckpt")

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_uora import load_from_checkpoint
+from lightning_uora import UORAConfig, attach_uora, load_from_checkpoint, summarize
 from tests.toys import TENSORS_ONLY, Toy, callback, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -159,6 +159,10 @@ def test_gradient_checkpointing_of_a_model_in_evaluation_mode_is_said_to_do_noth
 
 
 def test_a_known_head_that_the_patterns_leave_out_is_said_to_be_frozen():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    attach_uora(model, UORAConfig(4, "attn.qkv", trainable_modules="norm"))
+    assert summarize(model).left == ("head",)
     with pytest.warns(UserWarning, match="Frozen at their start: head"):
         trainer(callback(target_modules="body.0", trainable_modules="body.2")).fit(Toy(), data())
 

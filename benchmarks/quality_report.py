@@ -169,8 +169,8 @@ def _defaults(table: Table) -> Iterator[str]:
         one_side = sum(abs(f.mean) > f.half for f in found)
         yield (
             f"\nAt the defaults of version 0.1 ({DEFAULT}), {len(found)} settings: {min(means):+.2f} to "
-            f"{max(means):+.2f}, {statistics.mean(means):+.2f} in the mean; "
-            f"above -0.3 are {above[0]}, with the whole interval {above[1]}; the interval lies on one side of zero in {one_side}."
+            f"{max(means):+.2f}, {statistics.mean(means):+.2f} in the mean; above -0.3 are {above[0]}, with "
+            f"the whole interval {above[1]}; the interval lies on one side of zero in {one_side}."
         )
 
 

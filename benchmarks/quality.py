@@ -43,12 +43,13 @@ def convolutional(refreshes: tuple[str, ...], ranks: tuple[int, ...], pointwise:
         return [("lora", 8, "off"), *((d, 64, "off") for d in DRAWS), ("lora", 1, "off"), ("lora", 4, "off")]
     rows: list[Row] = [("uora+inputs", 64, "off"), ("lora", 8, "off"), ("head", 0, "off"), ("full", 0, "off")]
     rows += [("uora", 64, "off"), *((draw, rank, "off") for rank in ranks for draw in DRAWS)]
+    rows += [("lora", 4, "off"), ("lora", 1, "off")]
     return rows + [(draw, 64, refresh) for draw in DRAWS for refresh in refreshes]
 
 
 def rows_of(task: str, refreshes: tuple[str, ...], ranks: tuple[int, ...]) -> list[Row]:
     """The rows of a task's table."""
-    if task in SAME_RATE:
+    if task in SAME_RATE and not task.endswith("pointwise"):
         return [("uora+inputs", 64, "off")]
     if task.startswith("fashion"):
         fewer = tuple(rank for rank in ranks if rank in (16, 256))

@@ -238,6 +238,18 @@ class FashionFrozen(Fashion):
     moving = False
 
 
+class FashionFrozenPointwise(FashionFrozen):
+    """BatchNorm as in evaluation; adapters on the pointwise convolutions alone."""
+
+    only = ("conv_pw",)
+
+
+class FashionFrozenDense(FashionFrozen):
+    """BatchNorm as in evaluation; no adapters on the depthwise convolutions."""
+
+    only = ("conv_pw", "conv_stem", "conv_head")
+
+
 class FashionAffine(Fashion):
     """All convolutions; BatchNorm's weights and biases trained beside, at the head's rate."""
 
@@ -305,5 +317,7 @@ TASKS: dict[str, type[Task]] = {
     "fashion-pointwise": FashionPointwise,
     "fashion-dense": FashionDense,
     "fashion-frozen-norm": FashionFrozen,
+    "fashion-frozen-pointwise": FashionFrozenPointwise,
+    "fashion-frozen-dense": FashionFrozenDense,
     "fashion-norm-trained": FashionAffine,
 }

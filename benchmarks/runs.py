@@ -21,6 +21,10 @@ SEARCHED, SEEDS = 4, 8
 SEARCHED_BY_TASK = {"fashion": 2, "fashion-pointwise": 2, "fashion-frozen-norm": 2}  # 60 s a run
 ALL_TASKS = ["digits", "manual", "docstrings", "docstrings-all"]  # those of convolutions by --tasks
 SAME_RATE = {"fashion-dense": "fashion", "fashion-norm-trained": "fashion"}
+SAME_RATE |= {
+    "fashion-frozen-dense": "fashion-frozen-norm",
+    "fashion-frozen-pointwise": "fashion-frozen-norm",
+}
 """Tasks that take the rates of another."""
 
 

@@ -7,12 +7,15 @@
 Offline, a small Llama is first pretrained by this script on half of the standard library's functions; then
 adapters learn to answer "What does shutil.copyfile(src, dst) do?" from the other half. Five minutes of one
 CPU core, four of them pretraining; loss per held-out answer token: 4.5 before, 3.6 after (its answers stay
-those of a small model). Online: any causal model of the hub, an instruction dataset with columns
-``instruction``, ``input``, ``output``; hours for 1B parameters on one accelerator; not run where this was
-written, which has no network. Without either option: offline, unless the model is in the local hub cache.
+those of a small model). The adapter is saved in ``--out``. ``--limit`` shortens the adaptation alone, and
+``--pretraining-epochs 0`` skips what comes before.
+
+Online: any causal model of the hub, an instruction dataset with columns ``instruction``, ``input``,
+``output``; hours for 1B parameters on one accelerator; not run where this was written, which has no network.
+Without either option: offline, unless the model is in the local hub cache.
 
 Memory of a training step of 2,048 tokens at rank 256, by ``uora inspect --target-modules all-linear``: a
-Llama of 1B 6.4 GB, with ``--load-4bit`` 4.9 GB; of 8B 26.9 and 16.8 GB. The adapter's file: 1.6 and 5.7 MB.
+Llama of 1B 6.4 GB, with ``--load-4bit`` 4.9 GB; of 8B 26.9 and 17.1 GB. The adapter's file: 1.6 and 5.7 MB.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from small_lm import CHAT, LanguageModel, functions, load, signature
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from lightning_uora import UORACallback, adapters_disabled, summarize
+from lightning_uora import UORACallback, adapters_disabled, save_adapter, summarize
 
 Pair = tuple[str, str]
 """Question and answer."""
@@ -109,10 +112,12 @@ def main() -> None:
     (after,) = trainer.validate(module, held, verbose=False)
     with adapters_disabled(module):
         (before,) = trainer.validate(module, held, verbose=False)
+    save_adapter(module, given.out / "adapter")
     for question, wanted in pairs[:3]:
         print(f"\n{question}\n  answer  {answer(module, tokenizer, question)}\n  wanted  {wanted}")
     print(f"\nheld-out loss per answer token: {before['held_out_loss']:.2f} -> {after['held_out_loss']:.2f}")
     print(f"trained {summarize(module).trainable_params:,} of {summarize(module).total_params:,} parameters")
+    print(f"the adapter is in {given.out / 'adapter'}")
 
 
 if __name__ == "__main__":

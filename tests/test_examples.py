@@ -201,7 +201,9 @@ def test_data_to_text_example_speaks_and_scores(monkeypatch, folder, capsys):
 def test_instruction_example_compares_the_loss_on_answers(monkeypatch, folder, capsys):
     options = ["--offline", "--epochs", "1", "--limit", "4", "--rank", "8", "--pretraining-epochs", "0"]
     run(monkeypatch, "examples/instruction_tuning.py", *options)
-    assert "held-out loss per answer token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "held-out loss per answer token" in out
+    assert list(Path(out.rpartition("the adapter is in ")[2].strip()).glob("*.safetensors"))
 
 
 def test_instruction_example_runs_experts_and_four_bits(monkeypatch, folder, capsys):

@@ -91,7 +91,10 @@ def plot_refreshes(model_or_records: nn.Module | Sequence[dict[str, Any]]) -> Fi
     figure = _figure(max(5, 3.5 + 0.6 * len(records)), 1.8 + 0.18 * len(keys))
     axes = figure.subplots()
     axes.set(xlabel="refresh after optimizer step", title=f"{len(records)} refreshes")
-    if keys:
+    if not keys:
+        axes.set(xlabel="", xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no direction was turned", ha="center", va="center", transform=axes.transAxes)
+    else:
         table = torch.tensor([counts[key] for key in keys]).numpy()
         drawn = axes.imshow(table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
         label = "directions turned, % of the layer's" if rank else "directions turned"

@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +25,6 @@ from lightning_uora.adapters import (
 )
 
 __all__ = ["LayerSummary", "Summary", "summarize", "trained_parts"]
-
-
-T = TypeVar("T", bound=tuple[int, ...])
 
 
 @dataclass(frozen=True)
@@ -80,21 +76,25 @@ class Summary:
             rates: Learning rates by the names in :attr:`trained` and ``"vectors"``, ready to print.
         """
         rates = rates or {}
-        facts = [(layer.name, (layer.m, layer.n, layer.adapter_params)) for layer in self.layers]
-        within, groups = grouped(facts)
+        within, groups = grouped(self.layers)
         table = Table(title="UORA adapters", caption=f"names within {within}" if within else None)
         table.add_column("what", overflow="fold", min_width=12)
         for column in ("layers", "m x n", "trainable", *(["lr"] if rates else [])):
             table.add_column(column, justify="right", no_wrap=True)
-        for (name, (m, n, each)), count in groups.items():
-            table.add_row(name, f"{count:,}", f"{m} x {n}", f"{count * each:,}")
+        for name, layers in groups.items():
+            m, n = max(((layer.m, layer.n) for layer in layers), key=math.prod)
+            size = (
+                f"{m} x {n}" if {(layer.m, layer.n) for layer in layers} == {(m, n)} else f"up to {m} x {n}"
+            )
+            trained = sum(layer.adapter_params for layer in layers)
+            table.add_row(name, f"{len(layers):,}", size, f"{trained:,}")
         table.add_section()
         ranks = ", ".join(dict.fromkeys(str(layer.rank) for layer in self.layers))
         rows = [(f"vectors d and b, rank {ranks}", "vectors", self.adapter_params)] if self.layers else []
         for label, name, count in [*rows, *((name, name, count) for name, count in self.trained)]:
             table.add_row(label, "", "", f"{count:,}", *([rates.get(name, "none")] if rates else []))
         table.add_row(
-            f"everything that trains, of {self.total_params:,}",
+            f"all that trains, of {self.total_params:,}",
             "",
             f"{self.trainable_fraction:.3%}",
             f"{self.trainable_params:,}",
@@ -114,28 +114,30 @@ class Summary:
         return capture.get().rstrip()
 
 
-def grouped(layers: Sequence[tuple[str, T]]) -> tuple[str, dict[tuple[str, T], int]]:
-    """Layers of equal facts at one place of every block in one line: ``blocks.*.attn.q, k, v``.
+def grouped(layers: Sequence[LayerSummary]) -> tuple[str, dict[str, list[LayerSummary]]]:
+    """Layers at one place of every block in one line, those beside with the same sizes too.
 
     Returns:
-        The path that all names begin with, and how many layers each line stands for.
+        The path that all names begin with, and the layers of each line: ``blocks.*.attn.q, k, v``.
     """
-    paths = [name.split(".")[:-1] for name, _ in layers]
+    paths = [layer.name.split(".")[:-1] for layer in layers]
     within: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1 or parts[0].isdigit():
             break
         within.append(parts[0])
-    found: dict[tuple[str, T], dict[str, int]] = {}
-    for name, fact in layers:
-        *path, leaf = name.split(".")[len(within) :]
-        place = "".join(f"{'*' if part.isdigit() else part}." for part in path)
-        leaves = found.setdefault((place, fact), {})
-        leaf = "*" if leaf.isdigit() else leaf or "(root)"
-        leaves[leaf] = leaves.get(leaf, 0) + 1
-    return ".".join(within), {
-        (f"{place}{', '.join(leaves)}", fact): sum(leaves.values()) for (place, fact), leaves in found.items()
+    found: dict[tuple[str, str], list[LayerSummary]] = {}
+    for layer in layers:
+        *path, leaf = ("*" if part.isdigit() else part for part in layer.name.split(".")[len(within) :])
+        found.setdefault(("".join(f"{part}." for part in path), leaf or "(root)"), []).append(layer)
+    beside: dict[tuple[str, tuple[tuple[int, int], ...]], list[str]] = {}
+    for (place, leaf), same in found.items():
+        beside.setdefault((place, tuple((layer.m, layer.n) for layer in same)), []).append(leaf)
+    lines = {
+        f"{place}{', '.join(leaves)}": [layer for leaf in leaves for layer in found[place, leaf]]
+        for (place, _), leaves in beside.items()
     }
+    return ".".join(within), lines
 
 
 def summarize(model: nn.Module, name: str | None = None) -> Summary:

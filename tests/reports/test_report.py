@@ -9,7 +9,15 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from lightning_uora import ReinitSchedule, named_adapters, plot_refreshes, plot_vectors
+from lightning_uora import (
+    ReinitSchedule,
+    UORAConfig,
+    attach_uora,
+    named_adapters,
+    plot_refreshes,
+    plot_vectors,
+    summarize,
+)
 from tests.toys import Toy, callback, data, trainer
 
 
@@ -66,6 +74,27 @@ def test_rows_of_b_have_lines_of_their_own():
         "layer 1, rows of B",
     ]
     assert torch.tensor(axes.images[0].get_array()).flatten().tolist() == [1.0, 2.0, 1.0]
+
+
+def test_a_run_without_refreshes_says_so_in_place_of_empty_axes():
+    (axes,) = plot_refreshes([{"step": 5, "rows": {}}]).axes
+    assert [text.get_text() for text in axes.texts] == ["no direction was turned"]
+    assert not axes.images
+    assert plot_refreshes([]).axes[0].get_title() == "0 refreshes"
+
+
+def test_layers_of_many_sizes_at_one_place_share_a_line_of_the_table():
+    stages = nn.ModuleList(
+        nn.ModuleDict({"q": nn.Linear(n, n), "k": nn.Linear(n, n), "out": nn.Linear(n, 2 * n)})
+        for n in (4, 8, 4)
+    )
+    attach_uora(stages, UORAConfig(rank=2, target_modules="all"))
+    lines = {line.split("│")[1].strip(): line for line in str(summarize(stages)).splitlines() if "│" in line}
+    rows = {name: line.split("│")[2:5] for name, line in lines.items()}
+    cells = {name: [cell.strip() for cell in found] for name, found in rows.items()}
+    assert cells["*.q, k"] == ["6", "up to 8 x 8", str(2 * (3 * 2 + 4 + 8 + 4))]
+    assert cells["*.out"] == ["3", "up to 16 x 8", str(3 * 2 + 8 + 16 + 8)]
+    assert len(cells) == 4
 
 
 def test_images_reach_tensorboard(tmp_path):

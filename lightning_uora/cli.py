@@ -155,6 +155,11 @@ def _inspect(chosen: argparse.Namespace) -> None:
         target_modules=chosen.target_modules,
         exclude_modules=chosen.exclude_modules,
     )
+    is_file = Path(chosen.model).is_file() and not chosen.model.endswith(".json")
+    if is_file or is_adapter_folder(chosen.model):
+        raise ValueError(
+            f"{chosen.model} is no model; uora show lists what a saved adapter or checkpoint holds."
+        )
     found = inspect_model(model_on_meta(chosen.model), config, chosen.tokens, chosen.model, chosen.quantize)
     if chosen.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
@@ -378,12 +383,23 @@ def _export(chosen: argparse.Namespace) -> None:
     what = f"PEFT {FORMATS[chosen.format]} of rank {rank}, {count} {_layers(count)}"
     what += _of_several(several, chosen.adapter)
     _wrote(chosen.out, what, *(chosen.out / name for name in PEFT_FILES))
+    _print(_where_names_begin([*adapters, *trained], chosen.submodule))
     bare = [n for n, t in trained.items() if t.dim() == 2 and f"{n.rpartition('.')[0]}.bias" not in state]
     if bare and manifest.get("kind") != "full":
         console.print(
             f"{bare[0]!r} was trained, and {chosen.source} does not show whether another module "
             "shares it. If one does, export a full checkpoint, or call export_peft(model, ...)."
         )
+
+
+def _where_names_begin(names: Sequence[str], submodule: str) -> str:
+    """What PEFT has to wrap."""
+    begin = {name.partition(".")[0] for name in names} - set(names)
+    where = f"PEFT must wrap {f'the part {submodule!r}' if submodule else 'the module that was saved'}"
+    if submodule or len(begin) != 1:
+        return f"{where}; the first name is {names[0]!r}."
+    (part,) = begin
+    return f"{where}; the first name is {names[0]!r}. To wrap its {part!r} instead: --submodule {part}."
 
 
 def _trained_modules(

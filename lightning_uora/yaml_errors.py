@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_uora.storage import check_whole
 
 __all__ = ["one_line_errors", "reason"]
 
@@ -20,6 +24,11 @@ UNION, WITHIN, KEY = "Does not validate", "Problem with given class_path", "Pars
 ITS_OWN = (UNION, WITHIN, KEY, "Cannot take a Union", "Expected a", "Not a valid", "a class path", "a dict ")
 """How the lines begin that jsonargparse writes about the types that a value might have had."""
 LONGEST = 400
+READ_BY = {
+    ("lightning.pytorch.cli", "_parse_ckpt_path"): "ckpt_path",
+    ("lightning.fabric.plugins.io.torch_io", "load_checkpoint"): "path",
+}
+"""Lightning's functions that read a checkpoint, and what they call its path."""
 
 
 def reason(message: str) -> str:
@@ -46,8 +55,8 @@ def one_line_errors() -> Iterator[None]:
     """Around ``LightningCLI(...)``: what YAML or flags have wrong is one line, and exit code 2.
 
     Those are a name or a value that jsonargparse or a class refuses, and what this package refuses of a model
-    (targets that match nothing). Errors raised later, such as in training, pass through unchanged. See Note
-    [Refused values from YAML].
+    (targets that match nothing) or of a checkpoint (not there, cut off). Errors raised later, such as in
+    training, pass through unchanged. See Note [Refused values from YAML].
 
     Example::
 
@@ -72,6 +81,11 @@ def one_line_errors() -> Iterator[None]:
         if not _is_ours(raised):
             raise
         _leave(" ".join(message.split()))
+    except Exception as raised:
+        if (path := _checkpoint_read(raised)) is None:
+            raise
+        _leave_if_unreadable(path)
+        raise
     finally:
         kind.error = usual
 
@@ -86,6 +100,28 @@ def _is_ours(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning_uora.")
+
+
+def _checkpoint_read(error: BaseException) -> str | None:
+    """The path that Lightning was reading a checkpoint from."""
+    for frame, _ in walk_tb(error.__traceback__):
+        where = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if where in READ_BY:
+            return str(frame.f_locals[READ_BY[where]])
+    return None
+
+
+def _leave_if_unreadable(path: str) -> None:
+    if "://" in path:
+        return
+    if not Path(path).exists():
+        folder = Path(path).parent
+        here = ", ".join(sorted(one.name for one in folder.glob("*.ckpt"))[:4]) or "no checkpoint"
+        _leave(f"the checkpoint {path} does not exist; {folder} holds {here}")
+    try:
+        check_whole(path)
+    except ValueError as cut:
+        _leave(str(cut))
 
 
 def _leave(message: str) -> NoReturn:

@@ -84,14 +84,19 @@ def test_export_needs_no_model(tmp_path, source: str):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_export_for_the_model_inside(tmp_path):
+def test_export_for_the_model_inside(tmp_path, capsys):
     base, model, path = checkpoint(tmp_path, "full")
     arguments = ["export", str(path), str(tmp_path / "peft"), "--submodule", "body"]
     assert main(arguments) == 2  # the head lies outside
+    capsys.readouterr()
     saved = torch.load(path, weights_only=True)
     saved["uora"]["trained"] = []
     torch.save(saved, path)
+    assert main(["export", str(path), str(tmp_path / "whole")]) == 0
+    said = "PEFT must wrap the module that was saved; the first name is 'body.0'. "
+    assert said + "To wrap its 'body' instead: --submodule body." in capsys.readouterr().out
     assert main(arguments) == 0
+    assert "PEFT must wrap the part 'body'; the first name is '0'." in capsys.readouterr().out
     loaded = peft.PeftModel.from_pretrained(base.body, tmp_path / "peft")
     x = torch.randn(5, 6)
     torch.testing.assert_close(loaded.eval()(x), model.eval().body(x), atol=1e-5, rtol=1e-4)
@@ -172,7 +177,7 @@ def test_max_rank_is_kept_and_its_error_printed(tmp_path, capsys, max_rank: int)
     _, model, path = checkpoint(tmp_path, "full")
     capsys.readouterr()
     assert main(["export", str(path), str(tmp_path / "peft"), "--max-rank", str(max_rank)]) == 0
-    said, wrote = capsys.readouterr().out.splitlines()
+    said, wrote, _ = capsys.readouterr().out.splitlines()
     assert f"of rank {max_rank}" in wrote
     if max_rank == 4:
         assert said == "max_rank=4: no layer has a higher rank; the export is exact."
@@ -350,7 +355,9 @@ def test_an_empty_folder_takes_an_export_and_what_was_written_is_said(tmp_path, 
     out.mkdir()
     assert main(["export", str(path), str(out)]) == 0
     size = sum(file.stat().st_size for file in out.iterdir())
-    assert capsys.readouterr().out == f"wrote {out}: PEFT LoRA of rank 4, 2 layers, {size:,} bytes\n"
+    said, begins = capsys.readouterr().out.splitlines()
+    assert said == f"wrote {out}: PEFT LoRA of rank 4, 2 layers, {size:,} bytes"
+    assert begins == "PEFT must wrap the module that was saved; the first name is 'body.0'."
 
 
 class WithLoss(Seeded):
@@ -396,6 +403,7 @@ class Needy(Toy):
     [
         (["show", "/does/not/exist.ckpt"], "No such file"),
         (["show", "{tmp}"], "holds no uora_config.json"),
+        (["inspect", "{tmp}/full.ckpt"], "full.ckpt is no model; uora show lists what"),
         (["merge", "{tmp}/broken.ckpt", "{tmp}/out"], "is damaged or not a checkpoint"),
         (["merge", "{tmp}/plain.ckpt", "{tmp}/out"], "was not made with UORACallback"),
         (["export", "{tmp}/full.ckpt", "{tmp}/out", "--format", "vera"], "has other projections"),

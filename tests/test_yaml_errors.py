@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
@@ -24,12 +25,13 @@ class Failing(Module):
         raise ValueError("of training")
 
 
-def run(monkeypatch, tmp_path, cls, **options) -> None:
+def run(monkeypatch, tmp_path, cls, *arguments, **options) -> None:
     callback = {"class_path": "lightning_uora.UORACallback", "init_args": {"rank": 4, **options}}
     trainer = {"callbacks": [callback], "logger": False, "max_steps": 1, "accelerator": "cpu"}
     trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
-    monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"trainer": trainer}))
+    monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--config", str(config), *arguments])
     with one_line_errors():
         LightningCLI(cls, save_config_callback=None)
 
@@ -63,6 +65,22 @@ def test_a_refused_value_is_one_line_and_exit_code_2(monkeypatch, tmp_path, caps
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
     assert line.removeprefix("error: ").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.0, "is damaged"), (0.4, "is damaged"), (0.98, "is damaged"), (None, "other.ckpt")]
+)
+def test_a_checkpoint_that_cannot_be_read_is_one_line(monkeypatch, tmp_path, capsys, share, said):
+    torch.save({"state_dict": Toy().state_dict()}, tmp_path / "other.ckpt")
+    if share is not None:
+        whole = (tmp_path / "other.ckpt").read_bytes()
+        (tmp_path / "last.ckpt").write_bytes(whole[: int(share * len(whole))])
+    given = f"--ckpt_path={tmp_path / 'last.ckpt'}"
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, Module, given, target_modules="body.0", trainable_modules="head")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+    assert line.startswith("error: ")
+    assert said in line
 
 
 def test_what_goes_wrong_in_training_keeps_its_traceback(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from lightning_uora.storage.manifest import manifests_of
 from lightning_uora.storage.merging import detached_state, merge_state, skeleton, tensors_of_root
 from lightning_uora.storage.peft import export_peft, write_peft
 from lightning_uora.storage.peft_names import by_parameter, known_targets
+from lightning_uora.storage.unpickling import check_whole
 from lightning_uora.storage.verifying import write_verified
 from lightning_uora.storage.waiting import in_use, names_in
 
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterBank",
     "CheckpointHooks",
     "by_parameter",
+    "check_whole",
     "detached_state",
     "export_peft",
     "in_use",

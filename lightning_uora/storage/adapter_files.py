@@ -239,23 +239,25 @@ BASE = "(base)"
 """An adapter that computes nothing, so that the base and its own heads stay the base."""
 
 
-def load_onto_base(model: nn.Module, directory: str | Path, base_mismatch: Mismatch, name: str) -> None:
+def load_onto_base(
+    model: nn.Module, directory: str | Path, base_mismatch: Mismatch, name: str, head: bool
+) -> None:
     """As :func:`load_adapter`; on a model without adapters it comes beside one called ``BASE``."""
     if is_adapted(model):
-        load_adapter(model, directory, base_mismatch, name=name)
+        load_adapter(model, directory, base_mismatch, name=name, head=head)
         return
     manifest, tensors = read(directory)
     if len(manifests_of(manifest)) > 1:
         raise ValueError(
             "the folder holds several adapted models, but a bank serves only one; load it with load_adapter."
         )
-    place = place_of(unwrapped(model), manifest, tensors, True, base_mismatch == "warn")
+    place = place_of(unwrapped(model), manifest, tensors, head, base_mismatch == "warn")
     first = manifest["adapted"][0].removeprefix(place.without)
     nothing = UORAConfig(rank=1, target_modules=(first,), trainable_modules=())
     attach_to(place.root, nothing, Selection((first,), ()))
     attachment_of(place.root, "load_adapter").owner.name = BASE
     try:
-        load_adapter(model, directory, base_mismatch, name=name)
+        load_adapter(model, directory, base_mismatch, name=name, head=head)
     except BaseException:
         detach_uora(place.root)
         raise

@@ -39,6 +39,8 @@ class AdapterBank:
         directory: Holds a folder of :func:`save_adapter` for each adapter.
         limit: At most this many are on the model at once, besides those that were there before.
         base_mismatch: As for :func:`load_adapter`.
+        head: False leaves out the heads that were trained with the adapters, as :func:`load_adapter` does. On
+            one model all heads must have the same shape.
 
     Raises:
         ValueError: ``limit`` is below 1.
@@ -54,7 +56,13 @@ class AdapterBank:
     """
 
     def __init__(
-        self, model: nn.Module, directory: str | Path, limit: int = 64, base_mismatch: Mismatch = "error"
+        self,
+        model: nn.Module,
+        directory: str | Path,
+        limit: int = 64,
+        base_mismatch: Mismatch = "error",
+        *,
+        head: bool = True,
     ) -> None:
         if limit < 1:
             raise ValueError(f"limit={limit} is not allowed; a bank keeps at least one adapter.")
@@ -63,7 +71,7 @@ class AdapterBank:
             raise FileNotFoundError(
                 f"{self.directory} is not a directory; give the one that holds the adapters' folders."
             )
-        self.limit, self.base_mismatch = limit, base_mismatch
+        self.limit, self.base_mismatch, self.head = limit, base_mismatch, head
         self._lock = threading.RLock()
         self._recent: dict[str, None] = {}
 
@@ -123,7 +131,7 @@ class AdapterBank:
             raise ValueError(f"the bank {self.directory} has no adapter {name!r}; it has {known}.")
         before, off = _computing(self.model)
         try:
-            load_onto_base(self.model, folder, self.base_mismatch, name)
+            load_onto_base(self.model, folder, self.base_mismatch, name, self.head)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} of the bank: {error}") from error
         set_adapter(self.model, BASE if before is None else before)

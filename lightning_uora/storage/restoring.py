@@ -272,7 +272,8 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         if value.shape != state[name].shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} in the adapter and {tuple(state[name].shape)} in "
-                "the model; build the model with as many classes or tokens, or load without that head."
+                "the model; build the model with as many classes or tokens, or load without that head "
+                "(head=False)."
             )
 
 
@@ -287,7 +288,7 @@ def check_base(one: Attachment, expected: dict[str, list[Any]], mismatch: Mismat
         if mismatch == "error":
             raise ValueError(
                 f"{message} Load that base, or pass base_mismatch='warn' to load_adapter or "
-                "load_from_checkpoint."
+                "load_from_checkpoint (and then fit without ckpt_path)."
             )
         if first_rank():
             warnings.warn(message, stacklevel=4)

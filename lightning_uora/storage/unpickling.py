@@ -18,7 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lightning_uora.adapters import StaysFrozen
 
-__all__ = ["torch_modules_allowed", "unpickled"]
+__all__ = ["check_whole", "torch_modules_allowed", "unpickled"]
 
 # Note [Objects among hyperparameters]
 # ``save_hyperparameters()`` writes every argument into the checkpoint, a loss module too. torch's unpickler
@@ -52,6 +52,23 @@ def unpickled(path: str | Path, weights_only: bool = True) -> Any:
             raise ValueError(f"{path} is damaged or not a checkpoint: {_why(path, error)}") from error
 
 
+def check_whole(path: str | Path) -> None:
+    """Without reading it: whether ``torch.save`` finished the file. Folders and other paths pass.
+
+    Raises:
+        ValueError: The file is empty, or begins as an archive and does not end as one.
+    """
+    if not Path(path).is_file():
+        return
+    with Path(path).open("rb") as file:
+        begins = file.read(4)
+    if not begins or (begins == b"PK\x03\x04" and not zipfile.is_zipfile(path)):
+        raise ValueError(f"{path} is damaged or not a checkpoint: {_UNFINISHED}")
+
+
+_UNFINISHED = "torch.save did not write it, or did not finish."
+
+
 def _is_cut(error: OSError) -> bool:
     """Of a file that ends too early torch says "[Errno 22] Invalid argument" and no name."""
     return error.errno == errno.EINVAL and error.filename is None
@@ -60,7 +77,7 @@ def _is_cut(error: OSError) -> bool:
 def _why(path: str | Path, error: Exception) -> str:
     """Without torch's advice to read it in a way that runs what it says."""
     if not zipfile.is_zipfile(path):
-        return "torch.save did not write it, or did not finish."
+        return _UNFINISHED
     said = re.search(
         r"WeightsUnpickler error:\s*(.*?)\s*(?:Check the documentation|$)", str(error), re.DOTALL
     )

@@ -181,6 +181,22 @@ def test_a_plain_base_stays_the_base_while_adapters_come_and_go(folder):
     torch.testing.assert_close(model(X), plain)
 
 
+def test_heads_of_unlike_shapes_are_refused_with_what_to_do_and_can_be_left_out(folder):
+    wider = nn.Sequential(*net()[:2], nn.Linear(6, 5))
+    attach_uora(wider, UORAConfig(rank=4, target_modules=["0"], trainable_modules=["2"]))
+    save_adapter(wider, folder / "wide")
+    model = net()
+    with pytest.raises(ValueError, match=r"adapter .wide. of the bank: .*pass head=False"):
+        AdapterBank(model, folder).set("wide")
+    bank, plain = AdapterBank(model, folder, head=False), net()
+    load_adapter(plain, folder / "a", head=False)
+    with torch.no_grad(), bank.use(["a", "wide", "a", None]):
+        found = model(X)
+    torch.testing.assert_close(found[0], plain(X)[0])
+    assert not torch.equal(found[0], alone(folder, "a")[0])
+    torch.testing.assert_close(found[[1, 3]], net()(X)[[1, 3]])  # "wide" was never trained
+
+
 def test_a_first_folder_that_is_refused_leaves_a_plain_base(folder):
     model = net(seed=5)
     keys, bank = list(model.state_dict()), AdapterBank(model, folder)

@@ -18,7 +18,7 @@ import argparse
 import os
 from functools import partial
 
-from one_line_runs import COLUMNS, LINES, METHODS, STARTS, TASKS, LineRun, run_at, wanted
+from one_line_runs import COLUMNS, CONVNET, LINES, METHODS, STARTS, TASKS, LineRun, has, run_at, wanted
 from runs import RESULTS, SEEDS, carry_out
 
 
@@ -39,8 +39,9 @@ def quick(tasks: list[str], methods: list[str]) -> None:
     """Each task once by each method with warm-up and cosine, eight steps; no result is kept."""
     for task in tasks:
         for method in methods:
-            run = run_at(task, method, LINES[1], 0, STARTS.get(method))
-            print(*execute(run, quick=True), sep="\n", flush=True)
+            if has(task, method):
+                run = run_at(task, method, LINES[1], 0, STARTS.get(method))
+                print(*execute(run, quick=True), sep="\n", flush=True)
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS, CONVNET], choices=[*TASKS, CONVNET])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

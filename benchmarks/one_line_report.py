@@ -19,7 +19,7 @@ from pathlib import Path
 from intervals import Interval, paired, standard_error
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from one_line_runs import GRIDS, LINES, METHODS, SAME, TASKS, Line, LineRun, rate, run_at
+from one_line_runs import CONVNET, GRIDS, LINES, METHODS, SAME, TASKS, Line, LineRun, rate, run_at
 from runs import SEEDS, read
 
 NAMES = {
@@ -43,6 +43,7 @@ LOOKS = {
 """Colour (of Okabe and Ito's palette), marker and dashes."""
 SCHEDULES = {"constant": "constant", "cosine": "warm-up, cosine"}
 CLASSIFICATION = TASKS[:3]
+TITLES = {CONVNET: "fashion, a pretrained ConvNet"}
 Place = tuple[str, str, Line]
 
 
@@ -66,7 +67,7 @@ def tabulate(path: Path) -> Table:
     with path.open(newline="") as file:
         hours = sum(float(row["seconds"]) for row in csv.DictReader(file) if row["split"] == "test") / 3600
     table, seeds = Table({}, {}, len(done), hours), sorted({run.seed for run in done})
-    for place in ((task, method, line) for task in TASKS for method in METHODS for line in LINES):
+    for place in ((task, method, line) for task in [*TASKS, CONVNET] for method in METHODS for line in LINES):
         task, method, line = place
         task = SAME.get((task, method), task)
         lr, _ = rate(task, method, line, done)
@@ -153,16 +154,17 @@ def chosen(table: Table) -> Iterator[str]:
 
 def draw(table: Table) -> Figure:
     """Score against base rate and schedule, a panel for each task; bars are standard errors."""
-    figure = Figure(figsize=(11, 10), layout="constrained")
-    panels = list(figure.subplots(2, 2).flat)
-    for axes, task in zip(panels, TASKS, strict=True):
+    figure = Figure(figsize=(15, 9.5), layout="constrained")
+    *panels, empty = list(figure.subplots(2, 3).flat)
+    for axes, task in zip(panels, [*TASKS, CONVNET], strict=True):
         _panel(axes, table, task)
     handles = {
         label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=15)
+    empty.axis("off")
+    empty.legend(handles.values(), handles.keys(), loc="center", fontsize=15, frameon=False)
     figure.supylabel("test score, points", fontsize=16)
-    for axes in panels[2:]:
+    for axes in panels[2:]:  # the lowest of each column
         axes.set_xlabel("base learning rate, schedule", fontsize=16)
     return figure
 
@@ -188,7 +190,7 @@ def _panel(axes: Axes, table: Table, task: str) -> None:
     axes.set_xticks(range(len(LINES)), labels, fontsize=13)
     axes.set_xlim(-0.35, 2.35)
     axes.tick_params("y", labelsize=14)
-    axes.set_title(task, fontsize=17)
+    axes.set_title(TITLES.get(task, task), fontsize=17)
     axes.grid(alpha=0.3)
 
 

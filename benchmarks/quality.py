@@ -39,9 +39,11 @@ def methods(refreshes: tuple[str, ...], ranks: tuple[int, ...] = RANKS) -> list[
 
 def convolutional(refreshes: tuple[str, ...], ranks: tuple[int, ...], pointwise: bool) -> list[Row]:
     """(method, rank, refresh) of every row of a task of convolutions, where PEFT has no VeRA."""
+    rows: list[Row]
     if pointwise:
-        return [("lora", 8, "off"), *((d, 64, "off") for d in DRAWS), ("lora", 1, "off"), ("lora", 4, "off")]
-    rows: list[Row] = [("uora+inputs", 64, "off"), ("lora", 8, "off"), ("head", 0, "off"), ("full", 0, "off")]
+        rows = [("lora", 8, "off"), *((d, 64, "off") for d in DRAWS), ("lora", 1, "off"), ("lora", 4, "off")]
+        return rows + [(draw, rank, "off") for rank in ranks for draw in DRAWS]
+    rows = [("uora+inputs", 64, "off"), ("lora", 8, "off"), ("head", 0, "off"), ("full", 0, "off")]
     rows += [("uora", 64, "off"), *((draw, rank, "off") for rank in ranks for draw in DRAWS)]
     rows += [("lora", 4, "off"), ("lora", 1, "off")]
     return rows + [(draw, 64, refresh) for draw in DRAWS for refresh in refreshes]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,9 @@ from lightning_uora.adapters import (
 )
 
 __all__ = ["LayerSummary", "Summary", "summarize", "trained_parts"]
+
+WIDTH, NARROWEST = 80, 12
+"""Columns that the table fits, and the least for its names."""
 
 
 @dataclass(frozen=True)
@@ -77,38 +82,35 @@ class Summary:
         """
         rates = rates or {}
         within, groups = grouped(self.layers)
-        table = Table(title="UORA adapters", caption=f"names within {within}" if within else None)
-        table.add_column("what", overflow="fold", min_width=12)
-        for column in ("layers", "m x n", "trainable", *(["lr"] if rates else [])):
-            table.add_column(column, justify="right", no_wrap=True)
-        for name, layers in groups.items():
-            m, n = max(((layer.m, layer.n) for layer in layers), key=math.prod)
-            size = (
-                f"{m} x {n}" if {(layer.m, layer.n) for layer in layers} == {(m, n)} else f"up to {m} x {n}"
-            )
-            trained = sum(layer.adapter_params for layer in layers)
-            table.add_row(name, f"{len(layers):,}", size, f"{trained:,}")
-        table.add_section()
+        lines = [[name, f"{len(of):,}", _size(of), _trained(of)] for name, of in groups.items()]
         ranks = ", ".join(dict.fromkeys(str(layer.rank) for layer in self.layers))
-        rows = [(f"vectors d and b, rank {ranks}", "vectors", self.adapter_params)] if self.layers else []
-        for label, name, count in [*rows, *((name, name, count) for name, count in self.trained)]:
-            table.add_row(label, "", "", f"{count:,}", *([rates.get(name, "none")] if rates else []))
-        table.add_row(
-            f"all that trains, of {self.total_params:,}",
-            "",
-            f"{self.trainable_fraction:.3%}",
-            f"{self.trainable_params:,}",
-        )
-        if self.left:
-            table.add_row(f"frozen at their start: {', '.join(self.left)}", "", "", "0")
-        if self.kept:
-            table.add_row(f"frozen by you: {', '.join(self.kept)}", "", "", "0")
-        if self.waiting:
-            table.add_row(f"inactive adapters: {', '.join(self.waiting)}", "", "", "0")
+        vectors = [(f"vectors d and b, rank {ranks}", "vectors", self.adapter_params)] if self.layers else []
+        trained = [*vectors, *((name, name, count) for name, count in self.trained)]
+        below = [
+            [label, "", "", f"{count:,}", *([rates.get(name, "none")] if rates else [])]
+            for label, name, count in trained
+        ]
+        share = f"all that trains, {self.trainable_fraction:.3%} of {self.total_params:,}"
+        below.append([share, "", "", f"{self.trainable_params:,}"])
+        told = {"frozen at their start": self.left, "frozen by you": self.kept}
+        told |= {"inactive adapters": self.waiting}
+        below += [[f"{what}: {', '.join(names)}", "", "", "0"] for what, names in told.items() if names]
+        table = Table(title="UORA adapters", caption=f"names within {within}" if within else None)
+        headings = ["what", "layers", "m x n", "trainable", *(["lr"] if rates else [])]
+        table.add_column(headings[0], overflow="fold")
+        for heading in headings[1:]:
+            table.add_column(heading, justify="right", no_wrap=True)
+        columns = list(zip_longest(headings, *lines, *below, fillvalue=""))
+        room = WIDTH - 3 * len(headings) - 1 - sum(max(map(len, cells)) for cells in columns[1:])
+        for cells in lines:
+            table.add_row(_broken(cells[0], room), *cells[1:])
+        table.add_section()
+        for cells in below:
+            table.add_row(_broken(cells[0], room), *cells[1:])
         return table
 
     def __str__(self) -> str:
-        console = Console(width=80, file=io.StringIO())
+        console = Console(width=WIDTH, file=io.StringIO())
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()
@@ -133,11 +135,36 @@ def grouped(layers: Sequence[LayerSummary]) -> tuple[str, dict[str, list[LayerSu
     beside: dict[tuple[str, tuple[tuple[int, int], ...]], list[str]] = {}
     for (place, leaf), same in found.items():
         beside.setdefault((place, tuple((layer.m, layer.n) for layer in same)), []).append(leaf)
-    lines = {
-        f"{place}{', '.join(leaves)}": [layer for leaf in leaves for layer in found[place, leaf]]
-        for (place, _), leaves in beside.items()
-    }
+    lines: dict[str, list[LayerSummary]] = {}
+    for (place, sizes_there), leaves in beside.items():
+        together = [layer for leaf in leaves for layer in found[place, leaf]]
+        if leaves == ["*"] and len(together) == len(set(sizes_there)) == 2:  # named rather than starred
+            start = len(".".join([*within, ""]))
+            lines |= {layer.name[start:]: [layer] for layer in together}
+        else:
+            lines[f"{place}{', '.join(leaves)}"] = together
     return ".".join(within), lines
+
+
+def _size(layers: Sequence[LayerSummary]) -> str:
+    """Of one of them, or of the largest."""
+    found = {(layer.m, layer.n) for layer in layers}
+    m, n = max(found, key=math.prod)
+    return f"up to {m} x {n}" if len(found) > 1 else f"{m} x {n}"
+
+
+def _trained(layers: Sequence[LayerSummary]) -> str:
+    return f"{sum(layer.adapter_params for layer in layers):,}"
+
+
+def _broken(name: str, room: int) -> str:
+    """In lines of at most ``room`` letters, which end after a dot or a word where they can."""
+    lines = [""]
+    for part in re.findall(r"[^. ]+[. ]?|[. ]", name):
+        if len(lines[-1]) + len(part.rstrip()) > max(room, NARROWEST) and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def summarize(model: nn.Module, name: str | None = None) -> Summary:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 from torch import nn
 
 from lightning_uora import (
@@ -95,6 +97,35 @@ def test_layers_of_many_sizes_at_one_place_share_a_line_of_the_table():
     assert cells["*.q, k"] == ["6", "up to 8 x 8", str(2 * (3 * 2 + 4 + 8 + 4))]
     assert cells["*.out"] == ["3", "up to 16 x 8", str(3 * 2 + 8 + 16 + 8)]
     assert len(cells) == 4
+
+
+def test_names_in_the_table_break_at_dots_and_fit_80_columns_whatever_their_length():
+    class Deep(nn.Module):
+        def __init__(self, *path: str):
+            super().__init__()
+            setattr(self, path[0], Deep(*path[1:]) if path[1:] else nn.Linear(3, 4))
+
+    for path in (("encoder_of_words", "attention_of_heads", "projection_of_queries", "inner"), ("x" * 90,)):
+        model = Deep(*path)
+        attach_uora(model, UORAConfig(rank=2, target_modules="all"))
+        table = Console(width=80, file=io.StringIO())
+        table.print(summarize(model).table({"vectors": "0.0277"}))
+        lines = table.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+        name, at = "".join(cells[: cells.index("vectors d and b, rank 2")]), ".".join(path)
+        assert name in (at, at.rpartition(".")[2])
+    whole = nn.ModuleDict({"a": Deep(*("part_of_it_all",) * 5, "end"), "b": nn.Linear(3, 3)})
+    attach_uora(whole, UORAConfig(rank=2, target_modules="all"))
+    broken = [line.split("│")[1].rstrip() for line in str(summarize(whole)).splitlines() if "part" in line]
+    assert len(broken) == 2
+    assert broken[0].endswith(".")
+
+
+def test_two_layers_without_names_of_their_own_are_told_by_number():
+    model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+    attach_uora(model, UORAConfig(rank=4, target_modules="all"))
+    assert [line.split("│")[1].strip() for line in str(summarize(model)).splitlines()[4:6]] == ["0", "2"]
 
 
 def test_images_reach_tensorboard(tmp_path):

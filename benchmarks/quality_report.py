@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intervals import Interval, paired, standard_error
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from runs import Results, Run, read, search
@@ -29,7 +30,15 @@ NAMES = {
     "uora+inputs": 'UORA, `init="inputs"`',
 }
 DEFAULT = "lambda-0.2"
-MARKS = {"head": "x", "full": "*", "lora": "s", "vera": "v", "uora": "o", "uora+inputs": "D"}
+LOOKS = {
+    "head": ("#999999", "x", ":"),
+    "full": ("#000000", "*", "-."),
+    "lora": ("#0072B2", "s", "-"),
+    "vera": ("#009E73", "v", "--"),
+    "uora": ("#D55E00", "o", "-"),
+    "uora+inputs": ("#E69F00", "D", "-"),
+}
+"""Colour (of Okabe and Ito's palette), marker and dashes."""
 
 
 @dataclass(frozen=True)
@@ -194,37 +203,45 @@ def _differences(
 def draw(table: Table) -> Figure:
     """Score against trainable adapter parameters; bars are standard errors.
 
-    A panel for each task, three in a row, but for tasks that ask about one method alone.
+    A panel for each task, two in a row, but for tasks that ask about one method alone.
     """
     shown = {task: methods for task, methods in table.scores.items() if len({row[0] for row in methods}) > 2}
-    figure = Figure(figsize=(12.6, 4 * math.ceil(len(shown) / 3)), layout="constrained")
-    places = figure.subplots(math.ceil(len(shown) / 3), 3, squeeze=False).flatten()
+    down = math.ceil((len(shown) + 1) / 2)
+    figure = Figure(figsize=(12, 4.4 * down), layout="constrained")
+    places = list(figure.subplots(down, 2, squeeze=False).flatten())
     for place in places[len(shown) :]:
         place.axis("off")
     for place, (task, methods) in zip(places, shown.items(), strict=False):
-        for number, (method, mark) in enumerate(MARKS.items()):
-            rows = [row for row in sorted(methods, key=_place) if row[0] == method and row[2] == "off"]
-            if not rows:
-                continue
-            y = [statistics.mean(methods[row].values()) for row in rows]
-            error = [standard_error(methods[row].values()) for row in rows]
-            label = NAMES[method].replace("`", "")
-            if method in ("head", "full"):
-                colour = "black" if method == "full" else "grey"
-                place.axhline(y[0], color=colour, linestyle="--", linewidth=1, label=label)
-            else:
-                x = [table.parameters[task, row] for row in rows]
-                place.errorbar(
-                    x, y, error, color=f"C{number}", marker=mark, capsize=2, linewidth=1, label=label
-                )
-        place.set(xscale="log", xlabel="adapter parameters", title=task)
-        place.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        place.xaxis.set_major_formatter(EngFormatter(sep=""))
-        place.xaxis.set_minor_formatter(NullFormatter())
-        place.grid(alpha=0.3)
-        place.set_ylabel("test score, points")
-    figure.axes[0].legend(fontsize=8)
+        _panel(place, table, task, methods)
+    handles = {
+        label: h for axes in places for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    places[-1].legend(handles.values(), handles.keys(), loc="center", fontsize=15, frameon=False)
     return figure
+
+
+def _panel(place: Axes, table: Table, task: str, methods: dict[Row, dict[int, float]]) -> None:
+    for method, (colour, mark, dashes) in LOOKS.items():
+        rows = [row for row in sorted(methods, key=_place) if row[0] == method and row[2] == "off"]
+        if not rows:
+            continue
+        y = [statistics.mean(methods[row].values()) for row in rows]
+        error = [standard_error(methods[row].values()) for row in rows]
+        looks = {"color": colour, "linestyle": dashes, "label": NAMES[method].replace("`", "")}
+        if method in ("head", "full"):
+            place.axhline(y[0], linewidth=2, **looks)
+        else:
+            x = [table.parameters[task, row] for row in rows]
+            place.errorbar(x, y, error, marker=mark, markersize=8, capsize=3, linewidth=2, **looks)
+    place.set(xscale="log")
+    place.set_title(task, fontsize=16)
+    place.set_xlabel("adapter parameters", fontsize=14)
+    place.set_ylabel("test score, points", fontsize=14)
+    place.tick_params(labelsize=13)
+    place.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    place.xaxis.set_major_formatter(EngFormatter(sep=""))
+    place.xaxis.set_minor_formatter(NullFormatter())
+    place.grid(alpha=0.3)
 
 
 def report(folder: Path) -> None:

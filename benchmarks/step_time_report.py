@@ -11,7 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 Groups = dict[tuple[str, ...], dict[str, dict[str, str]]]
-LINES = ("uora", "peft vera", "peft lora r 8", "full")
+LOOKS = {
+    "uora": ("UORA", "#D55E00", "o", "-"),
+    "peft vera": ("PEFT VeRA", "#009E73", "v", "--"),
+    "peft lora r 8": ("PEFT LoRA r 8", "#0072B2", "s", "-"),
+    "full": ("full fine-tuning", "#000000", "*", "-."),
+}
+"""Name, colour (of Okabe and Ito's palette), marker and dashes of the methods that are drawn."""
 
 
 def groups(rows: list[dict[str, str]], *parts: str) -> Groups:
@@ -94,27 +100,28 @@ def once(rows: list[dict[str, str]]) -> Iterator[str]:
 
 def draw(rows: list[dict[str, str]]) -> Figure:
     """Time against rank, tokens and layers, and the crossing of the two forms."""
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    places = figure.subplots(1, 4)
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    places = list(figure.subplots(2, 2).flat)
     _line(places[0], groups(rows, "rank"), 3, "rank (4 layers, 1,576 tokens)")
     tokens = groups(rows, "tokens")
     _line(places[1], {k: v for k, v in tokens.items() if k[3] == "1024"}, 5, "tokens (4 layers, rank 1024)")
     _line(places[2], groups(rows, "layers"), 2, "layers (rank 256, 788 tokens)")
     if places[0].has_data():
-        places[0].legend(fontsize=8)
-    places[0].set_ylabel("step, x frozen floor")
+        places[0].legend(fontsize=14)
     for by in groups(rows, "crossing").values():
         merged, factored = float(by["merged"]["ms"]), float(by["factored"]["ms"])
-        places[3].loglog(float(by["auto"]["low"]), factored / merged, "o", color="C0", markersize=4)
+        places[3].loglog(float(by["auto"]["low"]), factored / merged, "o", color="#0072B2", markersize=7)
     for axis in (places[3].xaxis, places[3].yaxis):
         axis.set_major_formatter(FormatStrFormatter("%g"))
         axis.set_minor_formatter(NullFormatter())
     places[3].set_yticks([0.5, 1, 2, 5])
     places[3].axvline(1, color="grey", linewidth=0.8)
     places[3].axhline(1, color="grey", linewidth=0.8)
-    places[3].set(xlabel="factored / merged, counted operations", ylabel="factored / merged, measured time")
+    places[3].set_xlabel("factored / merged, counted operations", fontsize=14)
+    places[3].set_ylabel("factored / merged, measured time", fontsize=14)
     for place in places:
         place.grid(alpha=0.3)
+        place.tick_params(labelsize=13)
     return figure
 
 
@@ -125,14 +132,17 @@ def _line(
     if not found:
         place.set(xlabel=f"{name}: not measured")
         return
-    for method in LINES:
+    for method, (label, colour, mark, dashes) in LOOKS.items():
         rows = [(int(key[field]), by[method]) for key, by in found.items() if method in by]
         x, y = [k for k, _ in rows], [float(row["ratio"]) for _, row in rows]
         low = [float(row["ratio"]) - float(row["low"]) for _, row in rows]
         high = [float(row["high"]) - float(row["ratio"]) for _, row in rows]
-        place.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, linewidth=1, label=method)
+        looks = {"color": colour, "marker": mark, "linestyle": dashes, "label": label}
+        place.errorbar(x, y, [low, high], markersize=8, capsize=3, linewidth=2, **looks)
     measured = sorted({int(key[field]) for key in found})
-    place.set(xscale="log", xlabel=name)
+    place.set(xscale="log")
+    place.set_xlabel(name, fontsize=14)
+    place.set_ylabel("step, times the frozen floor", fontsize=14)
     place.set_xticks(measured, [f"{value:,}" for value in measured])
     place.xaxis.set_minor_formatter(NullFormatter())
 

@@ -23,6 +23,7 @@ from lightning_uora.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PACKAGE = Path(lightning_uora.__file__).parent  # the installed one, where the wheel is tested
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(
     r"^(?:<!-- *(?P<mark>[^\n]*?) *-->\n)?```(?P<kind>\w*)"
@@ -143,10 +144,10 @@ def shown(parts: list[str]) -> str:
 
 def messages() -> Iterator[tuple[str, ast.expr]]:
     """Place and expression of everything that the package raises or warns of."""
-    for path in sorted((ROOT / "lightning_uora").rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            place = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Raise) and node.exc is not None:
                 call = node.exc
                 maker = isinstance(call, ast.Call) and ast.unparse(call.func) in MAKERS
@@ -155,7 +156,9 @@ def messages() -> Iterator[tuple[str, ast.expr]]:
                 yield place, node.args[0]
             elif isinstance(node, ast.FunctionDef) and node.name in MAKERS:
                 made = (one for one in ast.walk(node) if isinstance(one, (ast.JoinedStr, ast.Constant)))
-                yield from ((f"{path.relative_to(ROOT)}:{one.lineno}", one) for one in sentences(node, made))
+                yield from (
+                    (f"{path.relative_to(PACKAGE)}:{one.lineno}", one) for one in sentences(node, made)
+                )
 
 
 def sentences(function: ast.FunctionDef, made: Iterator[ast.expr]) -> Iterator[ast.expr]:
@@ -180,8 +183,9 @@ def own_text(expression: ast.expr) -> bool:
 def test_every_error_and_warning_is_on_the_page_of_troubleshooting():
     """Found by its text; see Note [Which texts the page must have]."""
     page = " ".join((DOCS / "troubleshooting.md").read_text().split())
-    missing = []
-    for place, expression in messages():
+    missing, found = [], list(messages())
+    assert len(found) > 200  # the package was looked into
+    for place, expression in found:
         if own_text(expression):
             text = " ".join(shown(pieces(expression) or [ast.unparse(expression)]).split())
             if text not in page:

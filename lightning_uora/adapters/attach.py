@@ -289,7 +289,7 @@ def param_groups(
     Args:
         model: Any module, usually ``self`` in ``configure_optimizers``.
         lr: Learning rate of what trains besides the vectors (the head, biases).
-        vector_lr: Learning rate of d and b: about 1e-2 under AdamW, whatever ``lr`` is.
+        vector_lr: Learning rate of d and b: usually 0.01 to 0.05 under AdamW, whatever ``lr`` is.
         weight_decay: For everything but the vectors; None: the optimizer's own.
         name: Which of several adapters, active or not, to train several at once. Its groups are then called
             ``"NAME/others"`` and ``"NAME/uora_vectors"``. None: the active one.

@@ -187,7 +187,7 @@ def _warn_of_users_group(move: Move, place: int) -> None:
 def _warn_of_slow_vectors(optimizer: Optimizer, rate: float) -> None:
     rank_zero_warn(
         f"{type(optimizer).__name__} trains the vectors at lr={rate:g}, which hardly moves them: "
-        f"they need about {AUTO_RATE:g}, whatever the rate of the rest. Use "
+        "they usually need 0.01 to 0.05, whatever the rate of the rest. Use "
         'UORACallback(vector_lr="auto") with one group for all that trains, or '
         f"{WRITE.format(rate=AUTO_RATE)}."
     )

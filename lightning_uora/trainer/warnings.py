@@ -73,6 +73,6 @@ def warn_at_the_end(trainer: Trainer, pl_module: LightningModule) -> None:
     if ratio < TINY:
         rank_zero_warn(
             f"The adapters hardly moved: norm(update) / norm(W) is {ratio:.2g} on average. Give the "
-            'vectors a higher rate (vector_lr="auto", or about 1e-2 under AdamW), or train for '
+            'vectors a higher rate (vector_lr="auto", or more than it had), or train for '
             "more steps."
         )

@@ -395,11 +395,12 @@ def _export(chosen: argparse.Namespace) -> None:
 def _where_names_begin(names: Sequence[str], submodule: str) -> str:
     """What PEFT has to wrap."""
     begin = {name.partition(".")[0] for name in names} - set(names)
-    where = f"PEFT must wrap {f'the part {submodule!r}' if submodule else 'the module that was saved'}"
+    base = f"{submodule!r} of the module that was saved" if submodule else "the module that was saved"
+    where = f"load it with PeftModel.from_pretrained on {base}; its first name is {names[0]!r}."
     if submodule or len(begin) != 1:
-        return f"{where}; the first name is {names[0]!r}."
+        return where
     (part,) = begin
-    return f"{where}; the first name is {names[0]!r}. To wrap its {part!r} instead: --submodule {part}."
+    return f"{where} For its {part!r} alone: --submodule {part}."
 
 
 def _trained_modules(

@@ -93,10 +93,10 @@ def test_export_for_the_model_inside(tmp_path, capsys):
     saved["uora"]["trained"] = []
     torch.save(saved, path)
     assert main(["export", str(path), str(tmp_path / "whole")]) == 0
-    said = "PEFT must wrap the module that was saved; the first name is 'body.0'. "
-    assert said + "To wrap its 'body' instead: --submodule body." in capsys.readouterr().out
+    said = "load it with PeftModel.from_pretrained on the module that was saved; its first name is 'body.0'. "
+    assert said + "For its 'body' alone: --submodule body." in capsys.readouterr().out
     assert main(arguments) == 0
-    assert "PEFT must wrap the part 'body'; the first name is '0'." in capsys.readouterr().out
+    assert "on 'body' of the module that was saved; its first name is '0'." in capsys.readouterr().out
     loaded = peft.PeftModel.from_pretrained(base.body, tmp_path / "peft")
     x = torch.randn(5, 6)
     torch.testing.assert_close(loaded.eval()(x), model.eval().body(x), atol=1e-5, rtol=1e-4)
@@ -357,7 +357,7 @@ def test_an_empty_folder_takes_an_export_and_what_was_written_is_said(tmp_path, 
     size = sum(file.stat().st_size for file in out.iterdir())
     said, begins = capsys.readouterr().out.splitlines()
     assert said == f"wrote {out}: PEFT LoRA of rank 4, 2 layers, {size:,} bytes"
-    assert begins == "PEFT must wrap the module that was saved; the first name is 'body.0'."
+    assert begins.endswith("on the module that was saved; its first name is 'body.0'.")
 
 
 class WithLoss(Seeded):

@@ -210,6 +210,17 @@ def test_the_contract_is_what_the_page_says():
         assert re.search(rf"^::: lightning_uora\.(callback\.)?{name}$", page, re.M), name
 
 
+def test_a_change_of_the_contract_since_the_last_version_is_in_the_changelog():
+    """Each name whose line differs from the last version's is in the section of what is not released."""
+    version, *before = (ROOT / "tests/fixtures/contract.txt").read_text().splitlines()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    latest = re.search(r"^## \[(\d[^]]*)\]", changelog, re.M)
+    assert version == f"version {latest[1]}"  # a version that is cut takes its contract along
+    unreleased = changelog.partition("## [Unreleased]")[2].partition("\n## [")[0]
+    changed = {line.partition("(")[0] for line in set(before) ^ set(map(in_one_line, lightning_uora.__all__))}
+    assert [name for name in sorted(changed) if f"`{name}" not in unreleased] == []
+
+
 def test_help_lists_every_public_name_and_the_callback_among_the_classes():
     """``help(lightning_uora)`` opens with what there is to use, the callback too, which is imported late."""
     shown = pydoc.render_doc(lightning_uora, renderer=pydoc.plaintext)

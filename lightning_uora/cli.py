@@ -173,6 +173,8 @@ def _inspect(chosen: argparse.Namespace) -> None:
 
 def _open(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Manifest, tensors and the checkpoint itself (empty for a folder)."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a checkpoint or an adapter folder.")
     if is_adapter_folder(source):
         return *read(source), {}
     checkpoint = read_checkpoint(source)

@@ -401,7 +401,7 @@ class Needy(Toy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "/does/not/exist.ckpt"], "No such file"),
+        (["show", "/does/not/exist.ckpt"], "exist.ckpt does not exist; give a checkpoint or an adapter"),
         (["show", "{tmp}"], "holds no uora_config.json"),
         (["inspect", "{tmp}/full.ckpt"], "full.ckpt is no model; uora show lists what"),
         (["merge", "{tmp}/broken.ckpt", "{tmp}/out"], "is damaged or not a checkpoint"),

@@ -115,11 +115,24 @@ def test_names_in_the_table_break_at_dots_and_fit_80_columns_whatever_their_leng
         cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
         name, at = "".join(cells[: cells.index("vectors d and b, rank 2")]), ".".join(path)
         assert name in (at, at.rpartition(".")[2])
-    whole = nn.ModuleDict({"a": Deep(*("part_of_it_all",) * 5, "end"), "b": nn.Linear(3, 3)})
+    parts = (
+        "part_of_it_all",
+        "part_ii",
+        "part_of_three_things",
+        "part_of_it",
+        "part_last_of_all",
+        "part_end",
+    )
+    whole = nn.ModuleDict({"a": Deep(*parts), "b": nn.Linear(3, 3)})
     attach_uora(whole, UORAConfig(rank=2, target_modules="all"))
-    broken = [line.split("│")[1].rstrip() for line in str(summarize(whole)).splitlines() if "part" in line]
+    broken = [
+        line.split("│")[1].rstrip()
+        for line in str(summarize(whole)).splitlines()
+        if "part" in line or "end" in line
+    ]
     assert len(broken) == 2
     assert broken[0].endswith(".")
+    assert "".join(line.strip() for line in broken) == ".".join(["a", *parts])
 
 
 def test_two_layers_without_names_of_their_own_are_told_by_number():

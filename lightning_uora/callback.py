@@ -43,6 +43,7 @@ from lightning_uora.trainer import (
     warn_at_the_end,
     warn_at_the_start,
     warn_of_another_rate,
+    warn_of_averaged_rate,
 )
 
 __all__ = ["UORACallback"]
@@ -225,6 +226,7 @@ class UORACallback(Callback):
         last, saved = self._speaks(trainer), self._saved_groups
         groups = set_vector_rates(trainer, pl_module, mine, self.vector_lr, saved, last)
         self._rates = [(group, group["lr"]) for group in groups]
+        warn_of_averaged_rate(trainer, groups)
         if trainer.ckpt_path:
             warn_of_another_rate(self.vector_lr, self._resumed_rate)
         if last:

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_uora.adapters.names import named_modules
 from lightning_uora.adapters.role_names import OWN_HEADS, OWN_SCALES
 
-__all__ = ["OwnLayers", "own_layers"]
+__all__ = ["OwnLayers", "library_models", "own_layers"]
 
 # Note [Whose layers are new]
 # timm's and transformers' models are known by their interfaces. A module that contains one was written by the
@@ -50,7 +50,7 @@ def own_layers(model: nn.Module) -> OwnLayers:
     """See Note [Whose layers are new]."""
     found = OwnLayers()
     modules = named_modules(model)
-    library = [name for name, module in modules.items() if _is_library_model(module)]
+    library = library_models(modules)
     around = {"": bool(library)} if _is_lightning_module(model) and "" not in library else {}
     for name in library:
         path = name.split(".") if name else []
@@ -63,6 +63,11 @@ def own_layers(model: nn.Module) -> OwnLayers:
             if not any(one == full or one.startswith(f"{full}.") for one in library):
                 (found.heads if is_head else found.others).append(full)
     return found
+
+
+def library_models(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the models of timm, transformers and torchvision, and of the backbones within them."""
+    return [name for name, module in modules.items() if _is_library_model(module)]
 
 
 def _beside(module: nn.Module, certain: bool) -> Iterator[tuple[str, bool]]:
@@ -89,7 +94,7 @@ def _is_library_model(module: nn.Module) -> bool:
     origin = type(module).__module__
     heads = (getattr(module, name, None) for name in ("fc", "classifier", "head", "heads"))
     whole = origin.startswith("torchvision.models.") and any(isinstance(one, nn.Module) for one in heads)
-    return whole or origin == "timm.models._features"
+    return whole or hasattr(module, "feature_info")  # timm's, features_only=True
 
 
 def _is_lightning_module(module: nn.Module) -> bool:

@@ -10,21 +10,34 @@ from torch import nn
 from lightning_uora.adapters.kinds import is_supported
 from lightning_uora.adapters.names import named_parameters
 from lightning_uora.adapters.opaque import is_quantised
+from lightning_uora.adapters.own_layers import library_models
 from lightning_uora.adapters.stacked import routers, stacks_in
 from lightning_uora.config import PRESETS
 
-__all__ = ["frozen_parts", "passed_by", "tied_beyond"]
+__all__ = ["frozen_networks", "frozen_parts", "passed_by", "tied_beyond"]
 
 # Note [Frozen by the user]
 # A loss network or a teacher is frozen as a whole beside parts that train. Patterns and presets match its
 # layers too, and adapters there would train it. So where some of the layers that were found are frozen and
 # others are not, the frozen ones stay as they are, unless they are named in full. Where all are frozen, it is
 # the backbone that its user froze before a fit, and adapters are what it is waiting for. A quantised weight
-# never wants a gradient: of such a layer the parameters around it tell.
+# never wants a gradient: of such a layer the parameters around it tell. Of several models of timm,
+# transformers or torchvision a frozen one beside one that trains is such a part too, whatever the targets
+# find, and its head stays as it is.
 
 SMALL = re.compile(r"bias|table|embed|pos|token|scale|norm", re.IGNORECASE)
 """Parameters of two axes and more that are no weights of a layer."""
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def frozen_networks(modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Models of a library that the user froze beside another one. See Note [Frozen by the user]."""
+    found: list[str] = []
+    for name in library_models(modules):
+        if not any(not outer or name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    frozen = tuple(name for name in found if _is_frozen(modules[name]))
+    return frozen if len(frozen) < len(found) else ()
 
 
 def frozen_parts(

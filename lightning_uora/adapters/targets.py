@@ -13,7 +13,7 @@ from lightning_uora.adapters.kinds import has_plain_forward, is_linear_like, is_
 from lightning_uora.adapters.names import named_parameters
 from lightning_uora.adapters.opaque import is_opaque, is_quantised
 from lightning_uora.adapters.own_layers import own_layers
-from lightning_uora.adapters.passing import frozen_parts, passed_by, tied_beyond
+from lightning_uora.adapters.passing import frozen_networks, frozen_parts, passed_by, tied_beyond
 from lightning_uora.adapters.roles import attention_projections, find_heads, inside, output_embeddings
 from lightning_uora.adapters.stacked import Experts, named_layers, routers
 from lightning_uora.adapters.wrong_targets import near_misses, nothing_found, nothing_inside
@@ -54,8 +54,10 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
     modules, own = named_layers(model), own_layers(model)
     targets = _as_tuple(config.target_modules)
     excluded = inside(modules, _expand(modules, config.exclude_modules, "exclude_modules"))
+    networks = frozen_networks(modules)
     if config.trainable_modules == "auto":
-        heads = dict.fromkeys([*find_heads(model), *own.heads])
+        within = inside(modules, networks)
+        heads = dict.fromkeys([*(name for name in find_heads(model) if name not in within), *own.heads])
         trained = tuple(name for name in heads if name not in targets and name not in excluded)
         reserved = inside(modules, trained) - set(targets)
     else:
@@ -80,7 +82,14 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         if not kept and target in PRESETS:
             raise ValueError(_nothing_found(modules, target, excluded | reserved))
         chosen.update(_adaptable(modules, target, kept, found))
+    chosen -= inside(modules, networks) - set(targets)
+    if not chosen:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} finds layers only in {', '.join(networks)}, which you "
+            "froze beside a model that trains; name layers of that one, or unfreeze this one."
+        )
     frozen, there = frozen_parts(modules, chosen, targets)
+    frozen = tuple(dict.fromkeys([*networks, *frozen]))
     chosen -= there
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)

@@ -20,6 +20,12 @@ EMA_DECAY = 0.95
 GRADIENT_STEPS = 4
 
 
+# Note [The window of a resumed run]
+# The window is a share of the plan with which the run began, so a resume with more epochs keeps the due steps
+# of that plan. Where they are not known (older files), or where the user gave another window, those of the
+# new plan count that are not over: at the step of the resume a refresh may be due that was not carried out.
+
+
 @dataclass
 class Refresher:
     """When: carries out a schedule over the steps of a run. Holds what a resume needs.
@@ -50,12 +56,20 @@ class Refresher:
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
         averages = {name: whole(average).cpu() for name, average in self.averages.items()}
-        return {"version": 1, "handled": self.handled, "refreshed": self.refreshed, "averages": averages}
+        state = {"version": 1, "handled": self.handled, "refreshed": self.refreshed, "averages": averages}
+        return {**state, "due": list(self.due), "window": self._window()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` gave."""
-        self.handled, self.refreshed = state["handled"], state["refreshed"]
+        """Take over what :meth:`state` gave, see Note [The window of a resumed run]."""
+        now, self.handled, self.refreshed = self.handled, state["handled"], state["refreshed"]
         self.averages = dict(state["averages"])
+        if state.get("due") and state["window"] == self._window():
+            self.due = list(state["due"])
+        self.due = [due for due in self.due if due <= self.handled or due >= now]
+
+    def _window(self) -> list[Any]:
+        """What decides on the due steps, besides the plan of the run."""
+        return [self.schedule.start, self.schedule.stop, self.schedule.every_n_steps]
 
     def before_step(self, one: Attachment, step: int) -> None:
         """Start to collect gradients where a refresh that wants them is near."""

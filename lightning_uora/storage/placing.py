@@ -80,7 +80,7 @@ def place_of(
         sizes = _shapes(misfits, parameters, tensors, without)
         raise ValueError(
             f"this model has no place for {few(what)}, trained with the adapter{sizes}; pass "
-            "head=False to load the adapter without the head."
+            "head=False to load_adapter to leave its head out, or build the model with as many classes."
         )
     heads = () if head else find_heads(root)
     within = tuple(f"{one}." for one in heads)

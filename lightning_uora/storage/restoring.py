@@ -272,8 +272,7 @@ def check_keys(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         if value.shape != state[name].shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} in the adapter and {tuple(state[name].shape)} in "
-                "the model; build the model with as many classes or tokens, or load without that head "
-                "(head=False)."
+                "the model; build the model with as many classes or tokens as it had."
             )
 
 

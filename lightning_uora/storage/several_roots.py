@@ -152,7 +152,7 @@ def _outside(
     if wrong:
         raise ValueError(
             f"this model has no place for {few(wrong)}, trained with the adapter; pass head=False to "
-            "load the adapter without the head."
+            "load_adapter to leave its head out, or build the model with as many classes."
         )
     return {name: (parameters[name], tensors[name]) for name in names}
 

@@ -27,6 +27,7 @@ from lightning_uora.trainer.rates import (
     saved_groups,
     set_vector_rates,
     warn_of_another_rate,
+    warn_of_averaged_rate,
 )
 from lightning_uora.trainer.refreshing import Refreshing
 from lightning_uora.trainer.resuming import WaitingGradients
@@ -59,4 +60,5 @@ __all__ = [
     "warn_at_the_end",
     "warn_at_the_start",
     "warn_of_another_rate",
+    "warn_of_averaged_rate",
 ]

@@ -86,6 +86,11 @@ def attach_in_time(
 
 
 def _attach(pl_module: LightningModule, own: Any, others: Sequence[Any], told: Told) -> None:
+    if any(one.key is None for one in attachments(pl_module)):
+        raise ValueError(
+            f"{type(pl_module).__name__} holds a model that was adapted inside another module; call "
+            "detach_uora on it first (and save_adapter before, to keep what it learned)."
+        )
     _choose(pl_module, own)
     if not attachments_of(pl_module, own.config):
         theirs = [other.config for other in others]

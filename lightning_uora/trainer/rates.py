@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -29,6 +29,7 @@ __all__ = [
     "saved_groups",
     "set_vector_rates",
     "warn_of_another_rate",
+    "warn_of_averaged_rate",
 ]
 
 VectorRate = float | Literal["auto"] | None
@@ -237,6 +238,17 @@ def keep_rates(trainer: Trainer, rates: Sequence[tuple[dict[str, Any], Any]]) ->
     if any(isinstance(one, LearningRateFinder) for one in callbacks_of(trainer)) and not trainer.ckpt_path:
         for group, rate in rates:
             group["lr"] = rate
+
+
+def warn_of_averaged_rate(trainer: Trainer, groups: Sequence[dict[str, Any]]) -> None:
+    """``StochasticWeightAveraging`` with one rate brings every group to it, that of the vectors too."""
+    one = next((c for c in callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)), None)
+    swa_lr, rate = getattr(one, "_swa_lrs", None), max((group["lr"] for group in groups), default=0.0)
+    if isinstance(swa_lr, float) and swa_lr < rate:
+        rank_zero_warn(
+            f"StochasticWeightAveraging brings the vectors from lr={rate:g} to swa_lrs={swa_lr:g}; give it a "
+            f"list with a rate for each optimizer group, that of the vectors last: [{swa_lr:g}, {rate:g}]."
+        )
 
 
 def rates_by_parameter(trainer: Trainer) -> dict[nn.Parameter, float]:

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -191,3 +192,65 @@ def test_experts_that_a_preset_passes_by_are_named(target):
     ):
         names = attach_uora(model, UORAConfig(rank=4, target_modules=target))
     assert "model.layers.1.mlp.experts.down_proj" in names
+
+
+class Distilling(nn.Module):
+    """Two models of a library, in either order, of which the teacher may be frozen."""
+
+    def __init__(self, student: str, teacher: str, frozen: bool, student_first: bool) -> None:
+        super().__init__()
+        made = {"student": timm.create_model(student, num_classes=4), "teacher": timm.create_model(teacher)}
+        made["teacher"].requires_grad_(not frozen)
+        for name in ("student", "teacher") if student_first else ("teacher", "student"):
+            setattr(self, name, made[name])
+
+
+VIT, CONV = "test_vit", "test_efficientnet"
+
+
+@pytest.mark.parametrize("student_first", [True, False])
+@pytest.mark.parametrize(
+    ("student", "teacher", "targets"),
+    [(VIT, VIT, "attention"), (VIT, CONV, "attention"), (CONV, VIT, "all"), (CONV, CONV, "all")],
+)
+def test_a_frozen_teacher_stays_as_it_is_head_and_all(student, teacher, targets, student_first: bool):
+    model = Distilling(student, teacher, True, student_first)
+    assert all(name.startswith("student.") for name in attach_uora(model, UORAConfig(4, targets)))
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("teacher.") for name in training)
+    assert any(name.startswith("student.") and "uora" not in name for name in training)  # its head
+    assert summarize(model).kept == ("teacher",)
+
+
+def test_targets_within_a_frozen_teacher_alone_are_refused_unless_named_in_full():
+    model = Distilling(CONV, VIT, True, True)
+    with pytest.raises(ValueError, match="finds layers only in teacher, which you froze beside a model that"):
+        attach_uora(model, UORAConfig(4))
+    assert not any("uora" in name for name, _ in model.named_modules())
+    attach_uora(model, UORAConfig(4, ["teacher.blocks.0.attn.qkv"]))
+    assert [name for name, _ in named_adapters(model)] == ["teacher.blocks.0.attn.qkv"]
+
+
+@pytest.mark.parametrize("frozen", ["both", "neither"])
+def test_two_models_that_are_both_frozen_or_both_not_are_both_adapted(frozen: str):
+    model = Distilling(VIT, VIT, False, True).requires_grad_(frozen == "neither")
+    names = attach_uora(model, UORAConfig(4))
+    assert {name.partition(".")[0] for name in names} == {"student", "teacher"}
+    assert {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad and "head" in n} == {
+        "student",
+        "teacher",
+    }
+
+
+def test_a_features_only_backbone_is_a_model_and_what_stands_beside_it_is_new():
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = timm.create_model(CONV, features_only=True)
+            self.mix = nn.Linear(8, 8)
+            self.up = nn.Conv2d(8, 2, 1)
+
+    model = Segmenter()
+    attach_uora(model, UORAConfig(4, "re:encoder.*conv_pw"))
+    assert model.mix.weight.requires_grad
+    assert summarize(model).left == ("up",)

@@ -302,3 +302,29 @@ def test_loading_a_refreshed_state_into_a_fresh_module_gives_the_same_outputs():
     assert torch.equal(twin.eval()(x), model.eval()(x))
     assert len(list(named_adapters(twin))) == 2
     assert isinstance(twin.body[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("known", "options", "steps"),
+    [
+        (True, {}, [1, 2, 3, 4]),  # the window of the plan with which the run began
+        (False, {}, [1, 2, 3, 4, 11, 16]),  # an older file: what of the new plan's window is not over
+        (True, {"start": 0.4, "stop": 0.4}, [1, 2, 3, 4, 13]),  # another window that the user gave
+    ],
+)
+def test_a_resume_with_a_longer_plan_refreshes_in_no_step_outside_a_window(tmp_path, known, options, steps):
+    uora = refreshing(stop=0.5)
+    run = trainer(uora)
+    run.fit(Toy(), data())  # 8 steps
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    if not known:
+        (state,) = (s for key, s in checkpoint["callbacks"].items() if key.startswith("UORACallback"))
+        places = [s for s in (state, *state.values()) if isinstance(s, dict) and "handled" in s]
+        for place in places:
+            del place["due"], place["window"]
+        assert places
+        torch.save(checkpoint, tmp_path / "last.ckpt")
+    again = refreshing(**{"stop": 0.5, **options})
+    trainer(again, max_epochs=8).fit(Toy(), data(), ckpt_path=tmp_path / "last.ckpt")
+    assert steps_of(again) == steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -199,3 +201,14 @@ def test_a_compiled_module_trains_the_same(when: str):
     for name, end in ends[0].items():
         torch.testing.assert_close(ends[1][name], end)
     assert all(end.abs().max() > 0 for name, end in ends[0].items() if name.endswith("uora_b"))
+
+
+def test_one_averaged_rate_for_all_groups_is_said_to_slow_the_vectors():
+    made = callback(vector_lr=0.3)
+    with pytest.warns(UserWarning, match=r"brings the vectors from lr=0.3 to swa_lrs=0.01; give it a list"):
+        trainer(made, StochasticWeightAveraging(0.01, swa_epoch_start=1)).fit(Toy(), data())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        averaging = StochasticWeightAveraging([0.01, 0.3], swa_epoch_start=1)
+        trainer(callback(vector_lr=0.3), averaging).fit(Toy(), data())
+    assert not any("swa_lrs" in str(one.message) for one in said)

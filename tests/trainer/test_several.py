@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from lightning_uora import (
     UORACallback,
     UORAConfig,
     attach_uora,
+    detach_uora,
     load_from_checkpoint,
     summarize,
 )
@@ -157,3 +160,21 @@ def test_a_checkpoint_that_names_a_callback_by_less_resumes_its_state():
     saved = {"UORACallback": {}}
     _know_older_keys(saved, [own, twin])
     assert saved == {"UORACallback": {}}  # whose it is cannot be told
+
+
+def test_a_model_that_was_adapted_inside_another_module_is_refused_until_it_is_detached():
+    class Around(Toy):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+    first = Toy()
+    trainer(callback()).fit(first, data())
+    for body in (first.body, copy.deepcopy(first.body)):
+        second = Around(body)
+        with pytest.raises(
+            ValueError, match="holds a model that was adapted inside another module; call detach"
+        ):
+            trainer(callback()).fit(second, data())
+        detach_uora(body)
+        trainer(callback()).fit(Around(body), data())

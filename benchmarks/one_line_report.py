@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intervals import Interval, paired, standard_error
+from looks import marked
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from one_line_runs import CONVNET, GRIDS, LINES, METHODS, SAME, TASKS, Line, LineRun, rate, run_at
@@ -31,16 +32,9 @@ NAMES = {
     "groups": "UORA, groups by hand, best rate",
     "full": "full fine-tuning",
 }
-LOOKS = {
-    "head": ("#999999", "x", ":"),
-    "lora": ("#0072B2", "s", "-"),
-    "lora-own": ("#56B4E9", "s", "--"),
-    "line": ("#D55E00", "o", "-"),
-    "line+inputs": ("#E69F00", "D", "-"),
-    "groups": ("#000000", "^", "--"),
-    "full": ("#009E73", "*", "-."),
-}
-"""Colour (of Okabe and Ito's palette), marker and dashes."""
+DRAWN = {"head": "head", "lora": "lora", "lora-own": "lora-own", "line": "uora", "line+inputs": "uora+inputs"}
+DRAWN |= {"groups": "groups", "full": "full"}
+"""Whose looks each method has."""
 SCHEDULES = {"constant": "constant", "cosine": "warm-up, cosine"}
 CLASSIFICATION = TASKS[:3]
 TITLES = {CONVNET: "fashion, a pretrained ConvNet"}
@@ -123,6 +117,17 @@ def goals(table: Table) -> Iterator[str]:
     yield from _differences(table, "head", TASKS, LINES, lambda found: found.mean >= 0.0)
 
 
+def convnet(table: Table) -> Iterator[str]:
+    """The one line on the pretrained ConvNet, less the other methods at the same rate."""
+    yield "| base rate | less | difference | seeds |"
+    yield "|---|---|---|---|"
+    for line in LINES:
+        for other in ("lora", "full", "head"):
+            found = table.difference(CONVNET, "line", other, line)
+            if found is not None:
+                yield f"| {_name(line)} | {NAMES[other]} | {found} | {found.pairs} |"
+
+
 def _differences(
     table: Table, other: str, tasks: list[str], lines: tuple[Line, ...], holds: Callable[[Interval], bool]
 ) -> Iterator[str]:
@@ -170,7 +175,7 @@ def draw(table: Table) -> Figure:
 
 
 def _panel(axes: Axes, table: Table, task: str) -> None:
-    for place, (method, (colour, marker, dashes)) in enumerate(LOOKS.items()):
+    for place, (method, looks) in enumerate(DRAWN.items()):
         measured = [i for i, line in enumerate(LINES) if (task, method, line) in table.scores]
         values = [list(table.scores[task, method, LINES[i]].values()) for i in measured]
         if values:
@@ -178,13 +183,7 @@ def _panel(axes: Axes, table: Table, task: str) -> None:
                 [i + 0.03 * (place - 3) for i in measured],
                 [statistics.mean(v) for v in values],
                 [standard_error(v) for v in values],
-                color=colour,
-                marker=marker,
-                linestyle=dashes,
-                markersize=9,
-                linewidth=2.2,
-                capsize=3,
-                label=NAMES[method].replace("`", ""),
+                **marked(looks, NAMES[method].replace("`", "")),
             )
     labels = [_name(line).replace(", ", "\n", 1) for line in LINES]
     axes.set_xticks(range(len(LINES)), labels, fontsize=13)
@@ -203,6 +202,7 @@ def report(folder: Path) -> None:
     ]
     for task in dict.fromkeys(task for task, _, _ in table.scores):
         lines += [f"\n## {task}\n", *scores(table, task)]
+    lines += ["\n## The one line on the pretrained ConvNet\n", *convnet(table)]
     lines += ["\n## The goals\n", *goals(table), "\n## Learning rates chosen\n", *chosen(table), ""]
     (folder / "one_line.md").write_text("\n".join(lines))
     draw(table).savefig(folder / "one_line.png", dpi=110)

@@ -19,10 +19,12 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from runs import ALL_TASKS, GRID, RESULTS, SAME_RATE, SEEDS, STARTS, Results, Run, carry_out, search
+from runs import ALL_TASKS, GRID, RESULTS, SEEDS, STARTS, Results, Run, carry_out, search
 
 RANKS = (16, 4, 64, 256)
 DRAWS = ("uora+inputs", "uora")
+ONE_ROW = ("fashion-dense", "fashion-frozen-dense", "fashion-norm-trained")
+"""Tasks that ask what happens to one method."""
 Row = tuple[str, int, str]
 
 
@@ -39,19 +41,21 @@ def methods(refreshes: tuple[str, ...], ranks: tuple[int, ...] = RANKS) -> list[
 
 def convolutional(refreshes: tuple[str, ...], ranks: tuple[int, ...], pointwise: bool) -> list[Row]:
     """(method, rank, refresh) of every row of a task of convolutions, where PEFT has no VeRA."""
-    rows: list[Row]
+    rows: list[Row] = [*((draw, 64, "off") for draw in DRAWS), ("lora", 8, "off")]
+    rows += [
+        ("lora", 1, "off"),
+        ("lora", 4, "off"),
+        *((draw, rank, "off") for rank in ranks for draw in DRAWS),
+    ]
     if pointwise:
-        rows = [("lora", 8, "off"), *((d, 64, "off") for d in DRAWS), ("lora", 1, "off"), ("lora", 4, "off")]
-        return rows + [(draw, rank, "off") for rank in ranks for draw in DRAWS]
-    rows = [("uora+inputs", 64, "off"), ("lora", 8, "off"), ("head", 0, "off"), ("full", 0, "off")]
-    rows += [("uora", 64, "off"), *((draw, rank, "off") for rank in ranks for draw in DRAWS)]
-    rows += [("lora", 4, "off"), ("lora", 1, "off")]
+        return rows
+    rows += [("head", 0, "off"), ("full", 0, "off")]
     return rows + [(draw, 64, refresh) for draw in DRAWS for refresh in refreshes]
 
 
 def rows_of(task: str, refreshes: tuple[str, ...], ranks: tuple[int, ...]) -> list[Row]:
     """The rows of a task's table."""
-    if task in SAME_RATE and not task.endswith("pointwise"):
+    if task in ONE_ROW:
         return [("uora+inputs", 64, "off")]
     if task.startswith("fashion"):
         fewer = tuple(rank for rank in ranks if rank in (16, 256))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intervals import Interval, paired, standard_error
+from looks import LOOKS, line, marked
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -30,15 +31,6 @@ NAMES = {
     "uora+inputs": 'UORA, `init="inputs"`',
 }
 DEFAULT = "lambda-0.2"
-LOOKS = {
-    "head": ("#999999", "x", ":"),
-    "full": ("#000000", "*", "-."),
-    "lora": ("#0072B2", "s", "-"),
-    "vera": ("#009E73", "v", "--"),
-    "uora": ("#D55E00", "o", "-"),
-    "uora+inputs": ("#E69F00", "D", "-"),
-}
-"""Colour (of Okabe and Ito's palette), marker and dashes."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,28 @@ def goals(table: Table) -> Iterator[str]:
     yield from _differences(table, _at_equal_rank(table), _above_zero)
     yield "\n### Less LoRA r 1: UORA of the largest rank with no more parameters\n"
     yield from _differences(table, _against_smallest_lora(table), _above_zero)
+    yield "\n### The pretrained ConvNet: what is adapted, what else trains\n"
+    yield "| first | less | on test rows | seeds |"
+    yield "|---|---|---|---|"
+    for one, other in CONVNET:
+        found = paired(*(table.scores.get(task, {}).get(row, {}) for task, row in (one, other)))
+        if found is not None:
+            yield f"| {_said(*one)} | {_said(*other)} | {found} | {found.pairs} |"
 
 
+def _said(task: str, row: Row) -> str:
+    return f"{task}: {NAMES[row[0]]}{f' r {row[1]}' if row[1] else ''}"
+
+
+FROZEN, INPUTS = "fashion-frozen-norm", ("uora+inputs", 64, "off")
+CONVNET = (
+    (("fashion-frozen-dense", INPUTS), (FROZEN, INPUTS)),
+    (("fashion-frozen-pointwise", INPUTS), (FROZEN, INPUTS)),
+    (("fashion-norm-trained", INPUTS), ("fashion", INPUTS)),
+    ((FROZEN, ("uora+inputs", 256, "off")), (FROZEN, ("full", 0, "off"))),
+    ((FROZEN, INPUTS), (FROZEN, ("lora", 1, "off"))),
+)
+"""Pairs of a task and a row, whose difference docs/measured.md tells."""
 Comparison = tuple[str, str, Row, Row]
 
 
@@ -221,18 +233,18 @@ def draw(table: Table) -> Figure:
 
 
 def _panel(place: Axes, table: Table, task: str, methods: dict[Row, dict[int, float]]) -> None:
-    for method, (colour, mark, dashes) in LOOKS.items():
+    for method in LOOKS:
         rows = [row for row in sorted(methods, key=_place) if row[0] == method and row[2] == "off"]
         if not rows:
             continue
         y = [statistics.mean(methods[row].values()) for row in rows]
         error = [standard_error(methods[row].values()) for row in rows]
-        looks = {"color": colour, "linestyle": dashes, "label": NAMES[method].replace("`", "")}
+        label = NAMES[method].replace("`", "")
         if method in ("head", "full"):
-            place.axhline(y[0], linewidth=2, **looks)
+            place.axhline(y[0], **line(method, label))
         else:
             x = [table.parameters[task, row] for row in rows]
-            place.errorbar(x, y, error, marker=mark, markersize=8, capsize=3, linewidth=2, **looks)
+            place.errorbar(x, y, error, **marked(method, label))
     place.set(xscale="log")
     place.set_title(task, fontsize=16)
     place.set_xlabel("adapter parameters", fontsize=14)

@@ -6,18 +6,19 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from looks import LOOKS, marked
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 Groups = dict[tuple[str, ...], dict[str, dict[str, str]]]
-LOOKS = {
-    "uora": ("UORA", "#D55E00", "o", "-"),
-    "peft vera": ("PEFT VeRA", "#009E73", "v", "--"),
-    "peft lora r 8": ("PEFT LoRA r 8", "#0072B2", "s", "-"),
-    "full": ("full fine-tuning", "#000000", "*", "-."),
+DRAWN = {
+    "uora": ("uora", "UORA"),
+    "peft vera": ("vera", "PEFT VeRA"),
+    "peft lora r 8": ("lora", "PEFT LoRA r 8"),
+    "full": ("full", "full fine-tuning"),
 }
-"""Name, colour (of Okabe and Ito's palette), marker and dashes of the methods that are drawn."""
+"""Whose looks each method has, and its name."""
 
 
 def groups(rows: list[dict[str, str]], *parts: str) -> Groups:
@@ -110,7 +111,9 @@ def draw(rows: list[dict[str, str]]) -> Figure:
         places[0].legend(fontsize=14)
     for by in groups(rows, "crossing").values():
         merged, factored = float(by["merged"]["ms"]), float(by["factored"]["ms"])
-        places[3].loglog(float(by["auto"]["low"]), factored / merged, "o", color="#0072B2", markersize=7)
+        places[3].loglog(
+            float(by["auto"]["low"]), factored / merged, "o", color=LOOKS["uora"][0], markersize=7
+        )
     for axis in (places[3].xaxis, places[3].yaxis):
         axis.set_major_formatter(FormatStrFormatter("%g"))
         axis.set_minor_formatter(NullFormatter())
@@ -132,13 +135,12 @@ def _line(
     if not found:
         place.set(xlabel=f"{name}: not measured")
         return
-    for method, (label, colour, mark, dashes) in LOOKS.items():
+    for method, looks in DRAWN.items():
         rows = [(int(key[field]), by[method]) for key, by in found.items() if method in by]
         x, y = [k for k, _ in rows], [float(row["ratio"]) for _, row in rows]
         low = [float(row["ratio"]) - float(row["low"]) for _, row in rows]
         high = [float(row["high"]) - float(row["ratio"]) for _, row in rows]
-        looks = {"color": colour, "marker": mark, "linestyle": dashes, "label": label}
-        place.errorbar(x, y, [low, high], markersize=8, capsize=3, linewidth=2, **looks)
+        place.errorbar(x, y, [low, high], **marked(*looks))
     measured = sorted({int(key[field]) for key in found})
     place.set(xscale="log")
     place.set_xlabel(name, fontsize=14)

@@ -226,7 +226,7 @@ class UORACallback(Callback):
         last, saved = self._speaks(trainer), self._saved_groups
         groups = set_vector_rates(trainer, pl_module, mine, self.vector_lr, saved, last)
         self._rates = [(group, group["lr"]) for group in groups]
-        warn_of_averaged_rate(trainer, groups)
+        warn_of_averaged_rate(trainer, mine)
         if trainer.ckpt_path:
             warn_of_another_rate(self.vector_lr, self._resumed_rate)
         if last:

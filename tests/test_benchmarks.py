@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import math
 import runpy
+import shutil
 import statistics
 import sys
 import weakref
@@ -431,3 +432,10 @@ def test_runs_that_are_missing_are_made_once_and_none_is_started_after_the_time(
     assert runs.read(path, runs.Run) == {
         run: dict.fromkeys(("val", "test"), 50.0 + run.seed) for run in three
     }
+
+
+@pytest.mark.parametrize("name", ["quality", "one_line"])
+def test_the_tables_in_the_repository_are_what_the_report_prints(runs, line_runs, tmp_path, name):
+    shutil.copy(FOLDER / f"results/{name}.csv", tmp_path)
+    importlib.import_module(f"{name}_report").report(tmp_path)
+    assert (tmp_path / f"{name}.md").read_text() == (FOLDER / f"results/{name}.md").read_text()

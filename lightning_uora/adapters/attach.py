@@ -392,6 +392,7 @@ def _freeze(one: Attachment, selection: Selection, config: UORAConfig) -> None:
     """
     trains = recorded_ids(one.root)
     heads, bare = tuple(f"{name}." for name in selection.trained), set(selection.trained)
+    kept = tuple(f"{name}." for name in selection.kept)
     biased = {name for name, _ in one.layers}
     for path, module in named_modules(one.root).items():
         for leaf, parameter in module._parameters.items():
@@ -400,9 +401,10 @@ def _freeze(one: Attachment, selection: Selection, config: UORAConfig) -> None:
             name = f"{path}.{leaf}" if path else leaf
             of = path if leaf in ("bias", "in_proj_bias") else name.removesuffix("_bias")  # experts': w_bias
             bias = (of == path or (of != name and of in biased)) and (
-                config.bias == "all" or (config.bias == "adapted" and of in biased)
+                (config.bias == "all" and not name.startswith(kept))
+                or (config.bias != "none" and of in biased)
             )
-            if name in bare or name.startswith(heads) or bias:
+            if name in bare or name.startswith(heads) or (bias and not selection.exact):
                 one.owner.trained.append(name)
     trains = recorded_ids(one.root)
     for parameter in one.root.parameters():

@@ -32,6 +32,7 @@ class Selection:
         left: A user's own layers that are neither, and stay frozen at their start.
         kept: Parts that the user froze, beside parts that train: left as they are.
         said: What the user should know of the choice, a sentence each.
+        exact: ``trained`` names the biases too, as a record does; else ``config.bias`` finds them.
     """
 
     adapted: tuple[str, ...]
@@ -39,6 +40,7 @@ class Selection:
     left: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
+    exact: bool = True
 
 
 def select(model: nn.Module, config: UORAConfig) -> Selection:
@@ -90,6 +92,9 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         )
     frozen, there = frozen_parts(modules, chosen, targets)
     frozen = tuple(dict.fromkeys([*networks, *frozen]))
+    if config.trainable_modules == "auto":
+        still = inside(modules, frozen)
+        trained = tuple(name for name in trained if name not in still)
     chosen -= there
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)
@@ -100,7 +105,7 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
         *tied_beyond(model, trained),
         *passed_by(modules, adapted, (*trained, *excluded, *frozen), targets),
     ]
-    return Selection(adapted, trained, tuple(left), frozen, tuple(said))
+    return Selection(adapted, trained, tuple(left), frozen, tuple(said), exact=False)
 
 
 def _free_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -286,7 +286,8 @@ def _load(
     tensors = renamed(tensors, place)
     trained = list(renamed(dict.fromkeys(manifest["trained"]), place))
     chosen = Selection(
-        tuple(manifest["adapted"]), (*(n for n in trained if n not in place.aside), *place.head)
+        tuple(manifest["adapted"]),
+        (*(n for n in trained if n not in place.aside), *place.head),
     )
     one = attach_to(place.root, config, chosen)
     one.owner.name = called

@@ -240,10 +240,12 @@ def keep_rates(trainer: Trainer, rates: Sequence[tuple[dict[str, Any], Any]]) ->
             group["lr"] = rate
 
 
-def warn_of_averaged_rate(trainer: Trainer, groups: Sequence[dict[str, Any]]) -> None:
+def warn_of_averaged_rate(trainer: Trainer, mine: Sequence[Attachment]) -> None:
     """``StochasticWeightAveraging`` with one rate brings every group to it, that of the vectors too."""
     one = next((c for c in callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)), None)
-    swa_lr, rate = getattr(one, "_swa_lrs", None), max((group["lr"] for group in groups), default=0.0)
+    swa_lr, rates = getattr(one, "_swa_lrs", None), rates_by_parameter(trainer) if one else {}
+    vectors = [v for attachment in mine for _, m in attachment.layers for v in (m.uora_d, m.uora_b)]
+    rate = max((rates.get(v, 0.0) for v in vectors), default=0.0)
     if isinstance(swa_lr, float) and swa_lr < rate:
         rank_zero_warn(
             f"StochasticWeightAveraging brings the vectors from lr={rate:g} to swa_lrs={swa_lr:g}; give it a "

@@ -222,6 +222,21 @@ def test_a_frozen_teacher_stays_as_it_is_head_and_all(student, teacher, targets,
     assert summarize(model).kept == ("teacher",)
 
 
+@pytest.mark.parametrize("bias", ["adapted", "all"])
+def test_biases_and_heads_of_a_frozen_part_stay_too_also_where_the_file_is_loaded(bias, tmp_path):
+    model = nn.ModuleDict({"student": Net(), "teacher": Net().requires_grad_(False)})
+    attach_uora(model, UORAConfig(4, ["body"], bias=bias))
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"student.body.bias", "student.head.weight"} <= training
+    assert ("student.norm.bias" in training) == (bias == "all")
+    assert not any(name.startswith("teacher.") for name in training)
+    save_adapter(model, tmp_path)
+    plain = nn.ModuleDict({"student": Net(), "teacher": Net()})
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "uora" not in k}, strict=False)
+    load_adapter(plain, tmp_path, base_mismatch="warn")
+    assert {name for name, p in plain.named_parameters() if p.requires_grad} == training
+
+
 def test_targets_within_a_frozen_teacher_alone_are_refused_unless_named_in_full():
     model = Distilling(CONV, VIT, True, True)
     with pytest.raises(ValueError, match="finds layers only in teacher, which you froze beside a model that"):

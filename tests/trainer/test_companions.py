@@ -204,9 +204,14 @@ def test_a_compiled_module_trains_the_same(when: str):
 
 
 def test_one_averaged_rate_for_all_groups_is_said_to_slow_the_vectors():
-    made = callback(vector_lr=0.3)
-    with pytest.warns(UserWarning, match=r"brings the vectors from lr=0.3 to swa_lrs=0.01; give it a list"):
-        trainer(made, StochasticWeightAveraging(0.01, swa_epoch_start=1)).fit(Toy(), data())
+    class Grouped(Toy):
+        def configure_optimizers(self):
+            return torch.optim.Adam(param_groups(self, lr=0.01, vector_lr=0.3))
+
+    for model, rate in ((Toy(), 0.3), (Grouped(), "auto")):
+        run = trainer(callback(vector_lr=rate), StochasticWeightAveraging(0.01, swa_epoch_start=1))
+        with pytest.warns(UserWarning, match=r"vectors from lr=0.3 to swa_lrs=0.01; give it a list"):
+            run.fit(model, data())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         averaging = StochasticWeightAveraging([0.01, 0.3], swa_epoch_start=1)

@@ -58,8 +58,7 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
     excluded = inside(modules, _expand(modules, config.exclude_modules, "exclude_modules"))
     networks = frozen_networks(modules)
     if config.trainable_modules == "auto":
-        within = inside(modules, networks)
-        heads = dict.fromkeys([*(name for name in find_heads(model) if name not in within), *own.heads])
+        heads = dict.fromkeys([*find_heads(model), *own.heads])
         trained = tuple(name for name in heads if name not in targets and name not in excluded)
         reserved = inside(modules, trained) - set(targets)
     else:
@@ -70,12 +69,6 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
             raise ValueError(
                 f"target_modules and trainable_modules both name {both[0]!r}; name it in one of them: "
                 "adapted, or trained in full."
-            )
-    for name, module in modules.items():
-        if name in reserved and any(is_quantised(p) for p in module.parameters(recurse=False)):
-            raise ValueError(
-                f"trainable_modules: {name!r} ({type(module).__name__}) is quantised and cannot train; "
-                "leave it out of the quantisation, or out of trainable_modules."
             )
     chosen: set[str] = set()
     for target in targets:
@@ -95,6 +88,13 @@ def select(model: nn.Module, config: UORAConfig) -> Selection:
     if config.trainable_modules == "auto":
         still = inside(modules, frozen)
         trained = tuple(name for name in trained if name not in still)
+    training = inside(modules, trained)
+    for name, module in modules.items():
+        if name in training and any(is_quantised(p) for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"trainable_modules: {name!r} ({type(module).__name__}) is quantised and cannot train; "
+                "leave it out of the quantisation, or out of trainable_modules."
+            )
     chosen -= there
     adapted = tuple(name for name in modules if name in chosen)
     _check(modules, adapted, config)
